@@ -42,7 +42,7 @@ from factorkit.nerfdiff.held_out import forward_direction_check, held_out_checks
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.report.content import all_failures
-from factorkit.segdiff.alarms import MIN_JUDGED_STEPS, Alarms, measure_alarms, measure_place_gain
+from factorkit.segdiff.alarms import MIN_JUDGED_STEPS, Alarms, measure_alarms
 from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, unexplained_noise
@@ -59,6 +59,7 @@ QUANTITIES = {  # name of the value -> (model, layout or kind of masks, whether 
     "eta_gap, objects": ("segdiff", "objects", True),
     "color_share, objects": ("segdiff", "objects", True),
     "place_gain, objects": ("segdiff", "objects", True),
+    "place_share, objects": ("segdiff", "objects", True),
     "held_out_cross, object": ("nerfdiff", "object", False),
     "held_out_cross, forward": ("nerfdiff", "forward", False),
 }
@@ -273,9 +274,7 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
             both = np.concatenate([probes, probes[:, :, ::-1], training])
             masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture, weight)[: 2 * len(probes)] / 255
             masks, flipped = masks.split(len(probes))
-            alarms = dataclasses.replace(
-                measure_alarms(task.probes, masks, flipped), place_gain=measure_place_gain(task.probes, masks)
-            )
+            alarms = measure_alarms(task.probes, masks, flipped, objects=True)
             record(runs.key(runs.stops[-1]), judge_masks(alarms, probes, masks, truth, MIN_JUDGED_STEPS))
             return
         if runs.kind == "objects":

@@ -25,7 +25,7 @@ from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.training_views import describe_scene
 from factorkit.nn.unet import Norm
-from factorkit.ops.norm import NORMS
+from factorkit.ops.norm_pytorch import NORMS
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.rng import BatchDraw, image_order

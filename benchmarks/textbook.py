@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.nn.unet import Attention, Decoder, Norm, ResBlock
-from factorkit.ops.norm import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
+from factorkit.ops.norm_pytorch import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
 from factorkit.ops.region import POOL_FLOOR
 from factorkit.segdiff.network import FactorizedDenoiser, Regions, at_least_fp32
 

@@ -44,6 +44,8 @@ PARTS = {
     "attention": ("attention",),
     "norms, skips, masks, sums": ("",),
 }
+#: cuDNN adds a bias in a pass of its own and torch sums its gradient in another; the least is to do both elsewhere
+BIASES = "biases of convolutions"
 OPTIMISER = "clipping, Adam, average"
 #: operations that are no views but move nothing, and operations that do not read what they overwrite
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
@@ -101,6 +103,10 @@ class Count(TorchDispatchMode):
             read = args[1:] if name in OVERWRITE else args
             flops = flop_registry.get(func.overloadpacket, lambda *a, **k: 0)
             self.part(name).add(size((*read, *kwargs.values(), out)), flops(*args, **kwargs, out_val=out))
+        if name == "convolution" and args[2] is not None:
+            self.parts[BIASES].add(2 * size((out,)))
+        elif name == "convolution_backward" and args[-1][2]:
+            self.parts[BIASES].add(size(args[:1]))
         return out
 
 
@@ -175,9 +181,11 @@ def step_traffic(
             t = torch.empty(batch, dtype=torch.long)
             with counted(kind == "fused") as count:
                 (run(x, t)[0] - x).square().mean().backward()
+        if kind == "least":
+            count.parts[BIASES] = Traffic()
         updates = {"unfused": CLIP + ADAM + LERP, "fused": CLIP + FUSED_ADAM + AVERAGE, "least": FUSED_ADAM + LERP}
         count.parts[OPTIMISER].add(4 * weights * (updates[kind] + (CASTS if half else 0)))
-        result[kind] = {part: count.parts[part] for part in (*PARTS, OPTIMISER)}
+        result[kind] = {part: count.parts[part] for part in (*PARTS, BIASES, OPTIMISER)}
     return result
 
 

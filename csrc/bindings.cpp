@@ -90,18 +90,20 @@ build, without a driver and without a device. Raises RuntimeError with the cause
     using Flags = std::array<bool, 3>;
     m.def(
         "norm_silu_forward",
-        [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor, std::uintptr_t out, int threads) {
+        [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor, std::uintptr_t out,
+           std::uintptr_t moments, int threads) {
             py::gil_scoped_release released;
-            factorkit::norm_silu_forward(norm_problem(in, sizes, flags, eps, floor), at<void>(out), threads);
+            const auto problem = norm_problem(in, sizes, flags, eps, floor);
+            factorkit::norm_silu_forward(problem, at<void>(out), at<float>(moments), threads);
         },
         "SiLU(norm([u_k ; m_k*skip])*(1+scale)+shift) on the CPU; called by factorkit.ops, see csrc/norm.h.");
     m.def(
         "norm_silu_backward",
         [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor,
-           const std::array<std::uintptr_t, 6>& d, int threads) {
+           const std::array<std::uintptr_t, 7>& d, int threads) {
             py::gil_scoped_release released;
-            factorkit::NormGradients gradients{at<void>(d[0]),  at<void>(d[1]),  at<void>(d[2]),
-                                               at<float>(d[3]), at<float>(d[4]), at<float>(d[5])};
+            factorkit::NormGradients gradients{at<void>(d[0]),  at<float>(d[1]), at<void>(d[2]), at<void>(d[3]),
+                                               at<float>(d[4]), at<float>(d[5]), at<float>(d[6])};
             factorkit::norm_silu_backward(norm_problem(in, sizes, flags, eps, floor), gradients, threads);
         },
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");

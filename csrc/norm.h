@@ -1,12 +1,12 @@
-// Norm, modulation and SiLU over [u_k ; m_k * skip], the first half of every residual block, in two passes over
-// memory: each row is read once into cache, summed, normalised and written. The concatenation is never stored.
+// Norm, modulation and SiLU over [u_k ; m_k * skip], the first half of every residual block. The concatenation is never
+// stored.
 #pragma once
 
 #include <cstdint>
 
 namespace factorkit {
 
-enum class NormKind { group, masked_group, pixel };  // as in factorkit/ops/reference.py
+enum class NormKind { group, masked_group, pixel };  // as NORMS in factorkit/ops/norm.py
 
 // Features lie channels last, as convolutions want them. Branch k of image b is row b * regions + k.
 struct NormProblem {
@@ -26,16 +26,18 @@ struct NormProblem {
     float mask_floor;
 };
 
+// `moments` are [3 (masked norm) or 2 or 0 (pixel norm), rows, groups]: mean, 1/std and the sum of the pixels' weights.
 struct NormGradients {
-    const void* grad;  // [rows, pixels, channels]
-    void* u;           // like u
-    void* skip;        // like skip
-    float* masks;      // like masks, null without
-    float* summed;     // [rows, channels]: sum over pixels of the gradient of the pre-activation
-    float* moment;     // [rows, channels]: the same times the normalised value
+    const void* grad;      // [rows, pixels, channels]
+    const float* moments;  // of the forward pass
+    void* u;               // like u
+    void* skip;            // like skip
+    float* masks;          // like masks, null without
+    float* summed;         // [rows, channels]: sum over pixels of the gradient of the pre-activation
+    float* moment;         // [rows, channels]: the same times the normalised value
 };
 
-void norm_silu_forward(const NormProblem& problem, void* out, int threads);
+void norm_silu_forward(const NormProblem& problem, void* out, float* moments, int threads);
 void norm_silu_backward(const NormProblem& problem, const NormGradients& gradients, int threads);
 
 }  // namespace factorkit

@@ -21,7 +21,7 @@ from factorkit.data.sources import PillowSource
 from factorkit.data.views.foreground import common_folder
 from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
-from factorkit.data.views.views import Views
+from factorkit.data.views.views import Views, resize_area
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.run import NerfdiffRun
@@ -45,6 +45,10 @@ SETTINGS: dict[str, Any] = {
 }
 MAX_TRAINING_SIDE = 256  # pixels of the longer side of the images that segdiff is trained on
 OBJECT_SHARES = (0.01, 0.9)  # of the pixels; masks beyond them show no object
+MIN_STILL_VIEWS = 8  # that show a background in turn
+BACKGROUND_CANDIDATES, MAX_COMPARED_VIEWS = 24, 100  # views whose colours may be the background's, and that confirm it
+STILL_TOLERANCE = 12  # of 255, by which a background that stands still differs at most
+MIN_STILL_BORDER = 0.9  # share of the border's pixels that must stand still, or have one colour
 MASK_FOLDER, RECORD = "masks", "object_masks.json"  # in the folder of the segdiff run
 
 
@@ -78,8 +82,19 @@ def train_nerfdiff(
         CheckpointError: the folder holds another run (other settings, images or cameras), or a checkpoint cannot be
             written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+
+    Example:
+        >>> from factorkit.data import make_procedural_views
+        >>> views = make_procedural_views(10, 8, seed=1)    # ten images of 8 x 8 pixels, with true poses
+        >>> tiny = {"resolution": 8, "num_candidates": 3, "num_azimuths": 6, "num_elevations": 2, "flip_rounds": 0}
+        >>> tiny |= {"search_grid_resolution": 6, "grid_resolution": 8, "samples_per_ray": 6, "encoder_resolution": 8}
+        >>> tiny |= {"model_channels": 8, "channel_mult": (1, 2), "num_rendered_views": 4, "batch_size": 4}
+        >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views_per_step": 3, "rays_per_view": 8}
+        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, **tiny)
+        >>> scene.poses.shape
+        torch.Size([10, 4, 4])
     """
-    if masks != SEGDIFF or data is None:
+    if data is None or not isinstance(masks, str) or masks != SEGDIFF:  # masks may be an array
         return nerfdiff.train_nerfdiff(data, out=out, preset=preset, progress=progress, masks=masks, **options)
     nerfdiff.check_options(data, preset, options)
     folder = nerfdiff.choose_folder(data, out, preset)
@@ -89,7 +104,7 @@ def train_nerfdiff(
 
 def estimate(data: Any = None, *, masks: Any = None, **options: Any) -> dict[str, Any]:
     """Time a few steps of each stage; see :func:`factorkit.nerfdiff.train.estimate` for arguments and result."""
-    if masks != SEGDIFF or data is None:
+    if data is None or not isinstance(masks, str) or masks != SEGDIFF:  # masks may be an array
         return nerfdiff.estimate(data, masks=masks, **options)
     result = nerfdiff.estimate(data, masks=None if isinstance(data, Views) else "none", **options)
     seconds = segdiff.estimate(data, **SETTINGS)["stage_seconds"]
@@ -118,7 +133,7 @@ def add_object_masks(data: Any, folder: Path, options: dict[str, Any], progress:
     if isinstance(data, Views):
         files = [f"{i:06d}.png" for i in range(len(data))]
         target = make_object_masks([partial(images_to_pixels, image) for image in data.images], files, folder, progress)
-        masks = np.stack([np.asarray(Image.open(target / file)) for file in files])
+        masks = np.stack([np.asarray(Image.open(target / file, formats=["PNG"])) for file in files])
         opacity = torch.from_numpy(masks)[:, None].float() / 255
         composited = torch.where(opacity > 0, data.images, 1.0)
         return replace(data, images=composited, masks=opacity, background=torch.ones(3)), None
@@ -159,6 +174,7 @@ def make_object_masks(
     """
     with ThreadPoolExecutor() as pool:
         small = list(pool.map(_read_small, images))
+    small, is_still = remove_still_background(small)
     run = segdiff.train_segdiff(
         [small[i] for i in training or range(len(small))], out=folder, progress=progress, **SETTINGS
     )
@@ -166,16 +182,65 @@ def make_object_masks(
     for image in small:
         digest.update(image.tobytes())
     key, target = digest.hexdigest(), folder / MASK_FOLDER
-    note = distributed.run_on_first(lambda: _write_masks(run, images, small, files, target, key, progress))
+    note = distributed.run_on_first(lambda: _write_masks(run, images, small, is_still, files, target, key, progress))
     if progress and not distributed.rank():
         print(f"masks: {note}", file=sys.stderr)
     return target
+
+
+def remove_still_background(images: Sequence[Image.Image]) -> tuple[list[Image.Image], bool]:
+    """Paint a background that stands still in all images, behind an object that turns, in one colour.
+
+    Returns:
+        The images, and whether they were changed: not where the sizes differ, most of the border moves, or the
+        background has one colour already.
+    """
+    result = list(images)
+    if len(result) < MIN_STILL_VIEWS or len({image.size for image in result}) > 1:
+        return result, False
+    pixels = [np.asarray(image).astype(np.int16) for image in result]
+
+    def choose_evenly(count: int) -> list[np.ndarray]:
+        return [pixels[i] for i in np.unique(np.linspace(0, len(pixels) - 1, count).round().astype(int))]
+
+    others, background = np.stack(choose_evenly(MAX_COMPARED_VIEWS)), pixels[0]
+    most = np.zeros(background.shape[:2], int)
+    for candidate in choose_evenly(BACKGROUND_CANDIDATES):  # the colour that most views have at a pixel
+        count = (np.abs(others - candidate) <= STILL_TOLERANCE).all(-1).sum(0)
+        background = np.where((count > most)[..., None], candidate, background)
+        most = np.maximum(most, count)
+    still = [(np.abs(view - background) <= STILL_TOLERANCE).all(-1) for view in pixels]
+    on_border = np.ones(most.shape, bool)
+    on_border[1:-1, 1:-1] = False
+    border = background[on_border]
+    is_plain = (np.abs(border - np.median(border, axis=0)) <= STILL_TOLERANCE).all(-1)
+    if np.mean([s[on_border].mean() for s in still]) < MIN_STILL_BORDER or is_plain.mean() >= MIN_STILL_BORDER:
+        return result, False
+    still = list(connect_to_border(np.stack(still)))
+    brightness = np.concatenate([view[~s] for view, s in zip(pixels, still, strict=True)]).mean()
+    color = 255 if brightness < 128 else 0  # far from what moves
+    painted = [np.where(s[..., None], color, view).astype(np.uint8) for view, s in zip(pixels, still, strict=True)]
+    return [Image.fromarray(view) for view in painted], True
+
+
+def connect_to_border(regions: np.ndarray) -> np.ndarray:
+    """Return the parts of regions, bool [N, H, W], that are connected to the border of the image."""
+    inside = np.pad(regions, ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    reached = np.zeros_like(inside)
+    reached[:, [0, -1]] = reached[:, :, [0, -1]] = True
+    count = 0
+    while count != (count := int(reached.sum())):
+        for axis in (1, 2):
+            for step in (-1, 1):
+                reached |= np.roll(reached, step, axis) & inside
+    return reached[:, 1:-1, 1:-1]
 
 
 def _write_masks(
     run: SegdiffRun,
     images: Sequence[Callable[[], np.ndarray]],
     small: Sequence[Image.Image],
+    is_still: bool,
     files: Sequence[str],
     target: Path,
     key: str,
@@ -188,9 +253,10 @@ def _write_masks(
     predict = run.predictor(None, "fast")
     region, reason = choose_cutout_region(run.config, "auto", run.scores, PillowSource(small), predict)
     shares = []
-    for image, file in zip(tqdm(images, desc="object masks", disable=not progress, leave=False), files, strict=True):
-        masks = run.segment(image()).masks[0]
-        inside = masks[list(region)].sum(0) > 0.5
+    for i, file in enumerate(tqdm(files, desc="object masks", disable=not progress, leave=False)):
+        pixels = images[i]()
+        share = run.segment(small[i] if is_still else pixels).masks[0][list(region)].sum(0)
+        inside = resize_area(share, *pixels.shape[:2]) > 0.5
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         save_image(Image.fromarray(unit_to_uint8(inside)), target / file)
         shares.append(float(inside.float().mean()))
@@ -205,6 +271,8 @@ def _write_masks(
         f"{format_count(len(files), 'mask')} in {target} by a segdiff model trained on these views; the object is "
         f"{reason}, and covers {min(shares):.0%} to {max(shares):.0%} of the pixels."
     )
+    if is_still:
+        note += " The background stands still in all views, and was painted in one colour before."
     if odd:
         note += f" Hardly an object in {format_count(len(odd), 'view')}: {format_examples(odd)}."
     write_json(record, {"key": key, "note": note})

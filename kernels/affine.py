@@ -13,6 +13,8 @@ from factorkit.kernels import tiles
 from factorkit.kernels.tiles import kernel, launch, load, scratch, span
 from torch import Tensor
 
+Affine = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, bias [C], scale, shift [rows, C]
+
 
 @dataclass
 class Statistics:
@@ -20,9 +22,12 @@ class Statistics:
 
     slope: Tensor  # [rows, C]
     offset: Tensor  # [rows, C]
-    mean: Tensor  # [rows, groups]
-    rstd: Tensor  # [rows, groups]
-    mass: Tensor | None  # [rows]: sum over pixels of m + floor, for the masked norm
+    moments: Tensor  # [2 or 3, rows, groups]: mean, 1/std and, for the masked norm, the sum over pixels of m + floor
+
+    @property
+    def mass(self) -> Tensor | None:
+        """The sums of the weights, for the masked norm."""
+        return self.moments[2] if len(self.moments) == 3 else None
 
 
 @triton.jit
@@ -84,7 +89,7 @@ def gradient_sums_kernel(
         gain, _ = modulation(weight, bias, scale, shift, row, c, channels, inside)
         d1 = tl.sum(gain * plain, 1)
         d2 = tl.sum(gain * times, 1)
-        total = pixels * 1.0 if mass is None else tl.load(mass + row)
+        total = pixels * 1.0 if mass is None else tl.load(mass + row * groups + g, mask=g < groups, other=1.0)
         value = (rstd * mean * d2 - d1) * rstd / (size * total)
         square = -rstd * rstd * d2 / (size * total)
         tl.store(on_value + row * channels + c, tl.broadcast_to(value[:, None], [BLOCK_G, BLOCK_D]), mask=inside)
@@ -129,16 +134,11 @@ class GradientSums:
     on_value: Tensor | None  # [rows, C]
     on_square: Tensor | None  # [rows, C]
     mask_terms: Tensor | None  # [rows, parts], to be summed
-    affine: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gradients for weight, bias, scale, shift
+    affine: Affine  # gradients for weight, bias, scale, shift
 
 
 def gradient_sums(
-    partial: Tensor,
-    pixels: int,
-    affine: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    groups: int,
-    eps: float,
-    stats: Statistics | None,
+    partial: Tensor, pixels: int, affine: Affine, groups: int, eps: float, stats: Statistics | None
 ) -> GradientSums:
     """Finalise partial sums [rows, chunks, 2, C] of d_pre and d_pre * z (d_pre * normal if ``stats`` is None)."""
     weight, bias, scale, shift = affine
@@ -153,7 +153,7 @@ def gradient_sums(
         mask_terms = None if stats.mass is None else scratch(rows, blocks_g, like=partial)
     if scale is not None:
         d_scale, d_shift = scale.new_empty(scale.shape), shift.new_empty(shift.shape)
-    moments = (None, None, None) if stats is None else (stats.mean, stats.rstd, stats.mass)
+    moments = (None, None, None) if stats is None else (*stats.moments[:2], stats.mass)
     outputs = (summed, moment, on_value, on_square, mask_terms, d_scale, d_shift)
     sizes = (channels, chunks, groups, size, blocks_g, pixels, eps)
     blocks = {"BLOCK_G": block_g, "BLOCK_D": block_d}

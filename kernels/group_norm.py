@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from factorkit.kernels import tiles
-from factorkit.kernels.affine import Statistics, gradient_sums, modulation
+from factorkit.kernels.affine import Affine, Statistics, gradient_sums, modulation
 from factorkit.kernels.branches import Branches, channel_moments, feature_gradients
 from factorkit.kernels.tiles import (
     contiguous,
@@ -69,68 +69,71 @@ def statistics_kernel(
     channels = channels_u + channels_s
     inside = (g < groups)[:, None] & (d < size)[None, :]
 
-    first = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    second = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    in_u = inside & (c < channels_u)
-    for i in range(chunks_u):
-        at = partial_u + ((row // share_u) * chunks_u + i) * 2 * channels_u + c
-        first += load(at, in_u)
-        second += load(at + channels_u, in_u)
-    if partial_s is not None:
-        in_s = inside & (c >= channels_u)
-        for i in range(chunks_s):
-            at = partial_s + (row * chunks_s + i) * 2 * channels_s + (c - channels_u)
-            first += load(at, in_s)
-            second += load(at + channels_s, in_s)
-    total = pixels * 1.0
-    if mass_parts is not None:
-        total = 0.0
-        for i in range(chunks_mass):
-            total += tl.load(mass_parts + row * chunks_mass + i)
-        tl.store(mass + row, total)
+    if partial_u is None:
+        mean = load(means + row * groups + g, g < groups)
+        rstd = load(rstds + row * groups + g, g < groups)
+    else:
+        first = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        second = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        in_u = inside & (c < channels_u)
+        for i in range(chunks_u):
+            at = partial_u + ((row // share_u) * chunks_u + i) * 2 * channels_u + c
+            first += load(at, in_u)
+            second += load(at + channels_u, in_u)
+        if partial_s is not None:
+            in_s = inside & (c >= channels_u)
+            for i in range(chunks_s):
+                at = partial_s + (row * chunks_s + i) * 2 * channels_s + (c - channels_u)
+                first += load(at, in_s)
+                second += load(at + channels_s, in_s)
+        total = pixels * 1.0
+        if mass_parts is not None:
+            total = 0.0
+            for i in range(chunks_mass):
+                total += tl.load(mass_parts + row * chunks_mass + i)
+            tl.store(mass + row * groups + g, tl.zeros([BLOCK_G], tl.float32) + total, mask=g < groups)
+        count = total * size
+        mean = tl.sum(first, 1) / count
+        rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(second, 1) / count - mean * mean, 0.0) + eps)
+        tl.store(means + row * groups + g, mean, mask=g < groups)
+        tl.store(rstds + row * groups + g, rstd, mask=g < groups)
 
-    count = total * size
-    mean = tl.sum(first, 1) / count
-    variance = tl.maximum(tl.sum(second, 1) / count - mean * mean, 0.0)
-    rstd = 1.0 / tl.sqrt(variance + eps)
     gain, shifted = modulation(weight, bias, scale, shift, row, c, channels, inside)
     a = gain * rstd[:, None]
     tl.store(slope + row * channels + c, a, mask=inside)
     tl.store(offset + row * channels + c, shifted - mean[:, None] * a, mask=inside)
-    tl.store(means + row * groups + g, mean, mask=g < groups)
-    tl.store(rstds + row * groups + g, rstd, mask=g < groups)
 
 
 def statistics(
-    x: Branches,
-    affine: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    groups: int,
-    weighted: bool,
-    eps: float,
-    floor: float,
+    x: Branches, affine: Affine, groups: int, weighted: bool, eps: float, floor: float, moments: Tensor | None = None
 ) -> Statistics:
-    """Compute the statistics of every branch; the skip, and u where it is shared, are read once for all of them."""
-    rows_as_images = weighted and not x.shared
-    masks_u = x.masks.reshape(x.rows, 1, *x.masks.shape[2:]) if rows_as_images else x.masks
-    partial_u, mass_parts = channel_moments(x.u, masks_u, weighted=weighted, times_mask=False, floor=floor)
-    partial_s, chunks_s = None, 0
-    if x.skip is not None:
-        masked = x.masks is not None
-        partial_s, _ = channel_moments(x.skip, x.masks, weighted=weighted, times_mask=masked, floor=floor)
-        chunks_s = partial_s.shape[1]
+    """Compute the statistics of every branch; the skip, and u where it is shared, are read once for all of them.
+
+    With the ``moments`` of a forward pass neither is read.
+    """
+    partial_u = partial_s = mass_parts = None
+    chunks = (1, 1, 1)
+    if moments is None:
+        rows_as_images = weighted and not x.shared
+        masks_u = x.masks.reshape(x.rows, 1, *x.masks.shape[2:]) if rows_as_images else x.masks
+        partial_u, mass_parts = channel_moments(x.u, masks_u, weighted=weighted, times_mask=False, floor=floor)
+        if x.skip is not None:
+            masked = x.masks is not None
+            partial_s, _ = channel_moments(x.skip, x.masks, weighted=weighted, times_mask=masked, floor=floor)
+        chunks = tuple(1 if part is None else part.shape[1] for part in (partial_u, partial_s, mass_parts))
+        moments = scratch(3 if weighted else 2, x.rows, groups, like=x.u)
 
     size = x.channels // groups
     block_g, block_d = tiles.group_tile(groups, size)
     blocks_g = tiles.ceil_div(groups, block_g)
-    slope, offset = scratch(x.rows, x.channels, like=partial_u), scratch(x.rows, x.channels, like=partial_u)
-    mean, rstd = scratch(x.rows, groups, like=partial_u), scratch(x.rows, groups, like=partial_u)
-    mass, chunks_mass = (scratch(x.rows, like=partial_u), mass_parts.shape[1]) if weighted else (None, 0)
-    tensors = (partial_u, partial_s, mass_parts, *affine, slope, offset, mean, rstd, mass)
-    chunks = (partial_u.shape[1], chunks_s, chunks_mass)
-    share_u = x.rows // partial_u.shape[0]
+    slope, offset = scratch(x.rows, x.channels, like=x.u), scratch(x.rows, x.channels, like=x.u)
+    stats = Statistics(slope, offset, moments)
+    mass = None if mass_parts is None else stats.mass
+    tensors = (partial_u, partial_s, mass_parts, *affine, slope, offset, *moments[:2], mass)
+    share_u = 1 if partial_u is None else x.rows // partial_u.shape[0]
     sizes = (x.channels_u, x.channels_s, *chunks, share_u, groups, size, blocks_g, x.pixels, eps)
     launch(statistics_kernel, x.rows * blocks_g, *tensors, *sizes, BLOCK_G=block_g, BLOCK_D=block_d, warps=2)
-    return Statistics(slope, offset, mean, rstd, mass)
+    return stats
 
 
 # --- forward ---
@@ -211,23 +214,22 @@ def norm_forward(
     activate: bool,
     eps: float,
     floor: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute SiLU(norm([u_k ; m_k * skip]) * (1 + scale) + shift), statistics over groups of channels and all pixels.
 
     Args:
         u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
         skip: [B, C_s, H, W] or None.
         masks: [B, K, H, W] or None.
-        weight, bias: [C].
-        scale, shift: [B*K, C], both or neither.
+        weight, bias: [C]; scale, shift: [B*K, C], both or neither.
         groups: number of groups; divides C.
         weighted: weight the moments by masks + ``floor``.
         activate: apply the SiLU.
-        eps: added to the variance.
-        floor: added to the masks where they are weights.
+        eps, floor: added to the variance, and to the masks where they are weights.
 
     Returns:
-        [B*K, C, H, W] channels last, in the dtype of u.
+        [B*K, C, H, W] channels last, in the dtype of u, and the moments [2 or 3, B*K, groups]: mean, 1/std and, if
+        ``weighted``, the sum of the weights.
     """
     x = Branches(u, skip, masks)
     affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
@@ -241,7 +243,7 @@ def norm_forward(
     sizes = (x.pixels, x.channels_u, x.channels_s, blocks_u, blocks_c, blocks_p)
     constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate, "BLOCK_P": block_p, "BLOCK_C": block_c}
     launch(branch_pass_kernel, x.batch * blocks_p * blocks_c, *tensors, *sizes, **constants, warps=4)
-    return out
+    return out, stats.moments
 
 
 # --- backward ---
@@ -361,6 +363,7 @@ def sums_kernel(
 
 def norm_backward(
     grad: Tensor,
+    moments: Tensor,
     u: Tensor,
     skip: Tensor | None,
     masks: Tensor | None,
@@ -368,20 +371,19 @@ def norm_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    groups: int,
-    weighted: bool,
     activate: bool,
     eps: float,
     floor: float,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of :func:`norm_forward` for u, skip, masks (fp32), weight, bias, scale and shift.
 
-    ``grad`` is [B*K, C, H, W] with any strides; the other arguments are those of :func:`norm_forward`. The gradient of
-    an argument that is None is None.
+    ``grad`` is [B*K, C, H, W] with any strides, ``moments`` is what :func:`norm_forward` returned; the other arguments
+    are those of :func:`norm_forward`. The gradient of an argument that is None is None.
     """
     x = Branches(u, skip, masks)
     affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
-    stats = statistics(x, affine, groups, weighted, eps, floor)
+    groups = moments.shape[2]
+    stats = statistics(x, affine, groups, len(moments) == 3, eps, floor, moments)
     grad, *strides = pixel_strides(grad)
     block_p, block_c = x.tile(1024)
     blocks_u = tiles.ceil_div(x.channels_u, block_c)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,13 @@ from PIL import Image
 
 import factorkit
 from factorkit import object_masks
+from factorkit.cli.main import main
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.conftest import TINY as SCENE
+from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
 
 TINY = {"resolution": 16, "model_channels": 8, "channel_mult": (1, 2), "mixture_steps": 3, "distil_steps": 3}
 
@@ -99,3 +103,49 @@ def test_train_nerfdiff_segdiff_masks_impossible_settings_are_refused_first(tmp_
     with pytest.raises(ConfigError, match="resolution"):
         factorkit.train_nerfdiff(photos, out=tmp_path / "run", masks="segdiff", resolution=1)
     assert not (tmp_path / "run_masks").exists()
+
+
+def test_remove_still_background_of_a_turntable_leaves_the_object():
+    size, poses = (48, 64), orbit(np.arange(0, 360, 30.0))
+    photos = [render_photo(pose, make_intrinsics_of(size), size, still=True) for pose in poses]
+    painted, is_still = object_masks.remove_still_background([Image.fromarray(pixels) for pixels, _ in photos])
+    assert is_still
+    for image, (_, mask) in zip(painted, photos, strict=True):
+        left = np.ptp(np.asarray(image).astype(int), axis=-1) > 0
+        assert left[mask].mean() > 0.9 and left[~mask].mean() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["the camera moves", "one colour", "two sizes", "few"])
+def test_remove_still_background_other_captures_stay_as_they_are(kind):
+    size, poses = (48, 64), orbit(np.arange(0, 360, 30.0))
+    pixels = [render_photo(pose, make_intrinsics_of(size), size, still=kind != "the camera moves") for pose in poses]
+    images = [Image.fromarray(np.where(m[..., None] | (kind != "one colour"), p, np.uint8(200))) for p, m in pixels]
+    images = images[:4] if kind == "few" else images
+    if kind == "two sizes":
+        images[0] = images[0].resize((32, 24))
+    unchanged, is_still = object_masks.remove_still_background(images)
+    assert not is_still and all(a is b for a, b in zip(unchanged, images, strict=True))
+
+
+def test_train_command_masks_segdiff_are_made_first(tmp_path, photos, monkeypatch, capsys):
+    make = Mock(side_effect=DataError("the masks come first"))
+    monkeypatch.setattr(object_masks, "add_object_masks", make)
+    words = ["train", "nerfdiff", "--data", str(photos), "--out", str(tmp_path / "run"), "--masks", "segdiff"]
+    assert main(words) != 0 and "the masks come first" in capsys.readouterr().err
+    assert make.call_args.args[1] == tmp_path / "run_masks"
+
+
+def test_train_nerfdiff_array_of_masks_is_passed_on(monkeypatch):
+    train, masks = Mock(), np.ones((3, 8, 8), np.uint8)
+    monkeypatch.setattr(object_masks.nerfdiff, "train_nerfdiff", train)
+    factorkit.train_nerfdiff(np.zeros((3, 8, 8, 3), np.uint8), masks=masks)
+    assert train.call_args.kwargs["masks"] is masks
+
+
+def test_estimate_segdiff_masks_count_their_training(photos, monkeypatch):
+    timed = Mock(return_value={"notes": ["read"], "seconds": 10.0})
+    monkeypatch.setattr(object_masks.nerfdiff, "estimate", timed)
+    monkeypatch.setattr(object_masks.segdiff, "estimate", lambda data, **settings: {"stage_seconds": 50.0})
+    result = object_masks.estimate(photos, masks="segdiff")
+    assert result["seconds"] == 60 and "is trained on the views first, for about 50 seconds" in result["notes"][0]
+    assert timed.call_args.kwargs["masks"] == "none"

@@ -23,6 +23,8 @@ class Evaluate(RunCommand):
     --data: scores of each class of a data set whose masks hold classes, such as PASCAL VOC (zero-shot transfer, table
     2.7). Each class is scored on the images that show it.
     --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
+    --generation, with --images: how near drawn images are to photos, and whether segmenting them gives the masks that
+    they were drawn with. No masks needed.
     --epipolar: the share of points matched between the training images that agree with a nerfdiff run's cameras. It
     needs neither true poses nor masks.
 
@@ -37,6 +39,8 @@ class Evaluate(RunCommand):
         factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
         factorkit evaluate runs/lego --views lego/ --split test --json
         factorkit evaluate runs/lego --epipolar
+        factorkit evaluate runs/flowers --generation --images photos/
+        factorkit evaluate runs/flowers --generation --images photos/ --ddpm runs/plain
     """
 
     images: OptionalPath = None
@@ -49,6 +53,10 @@ class Evaluate(RunCommand):
     """Views with true poses, in any format that `factorkit train nerfdiff` reads."""
     epipolar: Flag = False
     """Check the cameras of a nerfdiff run by matched points. With --data: where its training images are now."""
+    generation: Flag = False
+    """Score images that a segdiff run draws, against the photos of --images."""
+    ddpm: OptionalPath = None
+    """With --generation: a run with regions=1, the plain DDPM, to compare with. Train it for as long."""
     split: OptionalName = None
     """With --views: train or test; the default is all views. With --data: the split to score; the default is val."""
     num_fit_images: OptionalInt = None
@@ -79,13 +87,27 @@ class Evaluate(RunCommand):
     """With --views: steps that refine the poses that the encoder predicts."""
 
     BASIC = (
-        *("run", "images", "masks", "data", "views", "epipolar", "split", "num_fit_images", "ignore", "foreground"),
+        *(
+            "run",
+            "images",
+            "masks",
+            "data",
+            "views",
+            "epipolar",
+            "generation",
+            "split",
+            "num_fit_images",
+            "ignore",
+            "foreground",
+        ),
         *("mask_threshold", "baselines", "device", "json", "debug"),
     )
 
     def execute(self) -> Result:
         if self.epipolar:
             return self._check_epipolar()
+        if self.generation:
+            return self._score_generation()
         if self.views is not None:
             return self._score_views(self.views)
         if self.data is not None:
@@ -137,6 +159,26 @@ class Evaluate(RunCommand):
             distributed.run_on_first(lambda: write_report(folder))
         scores["seconds"] = time.perf_counter() - start
         return _add_verdict(folder, REPORT, scores, format_pose_scores(scores))
+
+    def _score_generation(self) -> Result:
+        from factorkit.report.html import check_report
+        from factorkit.segdiff.run import SegdiffRun
+        from factorkit.segdiff.verdict import REPORT, write_report
+        from factorkit.utils import distributed
+
+        if self.images is None:
+            raise ConfigError("--generation compares drawn images with photos: give them by --images")
+        check_report(self.run)
+        run = SegdiffRun.load(self.run, device=self.device)
+        plain = None if self.ddpm is None else SegdiffRun.load(self.ddpm, device=self.device)
+        if plain is not None and plain.config.num_leaf_regions > 1:
+            raise ConfigError(f"--ddpm {self.ddpm} has regions={plain.config.regions}; give a run with regions=1")
+        scores = run.evaluate_generation(self.images)
+        if plain is not None:
+            scores["ddpm"] = plain.evaluate_generation(self.images)
+        if (folder := run.folder) is not None:
+            distributed.run_on_first(lambda: write_report(folder))
+        return _add_verdict(folder, REPORT, scores, format_generation(scores))
 
     def _check_epipolar(self) -> Result:
         from factorkit.nerfdiff.run import NerfdiffRun
@@ -209,6 +251,33 @@ def format_scores(scores: dict[str, Any]) -> str:
         f"{foreground}, fitted on "
         f"{scores['fitted_on']} others; areas of the regions {'/'.join(f'{area:.2f}' for area in scores['areas'])}"
     )
+    return "\n".join(lines)
+
+
+def format_generation(scores: dict[str, Any]) -> str:
+    """Format the scores of drawn images, of the photos and noise that bound them, and of a plain DDPM."""
+    head = f"{'':<14} {'Fréchet':>8} {'precision':>9} {'recall':>7} {'FID':>7} {'training s':>10}"
+    rows = [("drawn images", scores)]
+    if "ddpm" in scores:
+        rows.append(("plain DDPM", scores["ddpm"]))
+    photos = {name: scores[f"photos_{name}"] for name in ("precision", "recall")}
+    rows.append(("other photos", photos | {"frechet": scores["frechet_photos"]}))
+    rows.append(("shuffled", {"frechet": scores["frechet_noise"]}))
+    columns = (("frechet", 8, 3), ("precision", 9, 3), ("recall", 7, 3), ("fid", 7, 2), ("training_seconds", 10, 0))
+    lines = [head]
+    for name, row in rows:
+        cells = [f"{row[key]:{w}.{d}f}" if key in row else " " * w for key, w, d in columns]
+        lines.append(f"{name:<14} {' '.join(cells)}".rstrip())
+    no_fid = "" if "fid" in scores else " (not computed: its weights are not on this machine)"
+    lines.append(
+        f"{format_count(scores['images'], 'image')} each, {scores['sampler']} in {scores['steps']} steps; Fréchet "
+        f"distances in fixed random features, which are no FID{no_fid}"
+    )
+    if "mask_agreement" in scores:
+        lines.append(
+            f"masks: segmenting a drawn image gives {scores['mask_agreement']:.1%} of its pixels the region that they "
+            f"were drawn with (another image's regions: {scores['mask_agreement_by_chance']:.1%})"
+        )
     return "\n".join(lines)
 
 

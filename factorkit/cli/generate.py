@@ -29,7 +29,7 @@ class Generate(OutputCommand):
     Examples:
         factorkit generate runs/photos -n 16 --out generated
         factorkit generate runs/photos -n 4 --out generated --sampler ddpm --steps 250 --trajectory
-        factorkit generate runs/photos -n 16 --out generated --sampler dpm++ --steps 20
+        factorkit generate runs/photos -n 16 --out generated --sampler heun --steps 10
         factorkit generate runs/kinds -n 64 --out generated --classes all --guidance 2
     """
 
@@ -37,10 +37,10 @@ class Generate(OutputCommand):
     """Folder to write to. It is created if needed."""
     count: Annotated[int, arg(aliases=["-n"])] = 16
     """Number of images."""
-    sampler: Sampler = "ddim"
-    """ddim is deterministic and needs few steps. dpm++ and heun are of second order; heun calls the
-    network twice per step. ddpm is ancestral sampling. Each of them works with every prediction type."""
-    steps: int = 50
+    sampler: Sampler = "dpm++"
+    """dpm++ and heun are of second order and need few steps; heun calls the network twice per step. ddim is
+    of first order. ddpm is ancestral sampling. Each of them works with every prediction type."""
+    steps: int = 20
     """Denoising steps."""
     seed: int = 0
     """The same seed generates the same images."""

@@ -267,8 +267,8 @@ class Export(OutputCommand):
     """
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """scene.ply (coloured points; of a scene of Gaussians its splats), points.ply, mesh.ply (also .obj, .glb), splats.ply
-    (Gaussians, also .spz), transforms.json (nerfstudio), or a folder (COLMAP)."""
+    """scene.ply (coloured points; of a scene of Gaussians its splats), points.ply, mesh.ply (also .obj, .glb),
+    splats.ply (Gaussians, also .spz), transforms.json (nerfstudio), or a folder (COLMAP)."""
     kind: Annotated[Literal["points", "mesh", "splats", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = (
         None
     )

@@ -108,6 +108,12 @@ class MovingAverage(AveragedModel):
         self.n_averaged += valid
 
 
+def measure_convolutions(device: torch.device) -> None:
+    """Let cuDNN measure its algorithms once for each shape: all batches of a training have the same."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 class TrainingStep:
     """Callable that takes one optimiser step, updates the averages and adds to the meter.
 
@@ -131,6 +137,7 @@ class TrainingStep:
         self.task, self.model = task, task.model
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
         on_gpu = device.type == "cuda"
+        measure_convolutions(device)
         indices_on_gpu = on_gpu and (task.capturable or getattr(task, "takes_device_indices", False))
         self.micro_batches = list(_micro_batches(config))
         self.draws = [

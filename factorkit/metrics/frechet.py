@@ -19,6 +19,7 @@ from factorkit.utils.images import images_to_pixels
 
 RANDOM_CHANNELS = (16, 32, 32)  # of the three convolutions
 FEATURE_BATCH = 512  # images per forward pass
+NEIGHBOURS = 3  # whose farthest bounds the ball of a point (Kynkäänniemi et al. 2019)
 FID_BATCH = 64  # images per forward pass
 
 
@@ -70,6 +71,29 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()  # A B is similar to a symmetric matrix
     means = (a.mean(0) - b.mean(0)).square().sum()
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
+
+
+def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
+    """Compute precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), in [0, 1].
+
+    Precision is the share of generated points within the ball of some real point, up to its third nearest neighbour
+    among the real; recall the share of real points within such balls of generated ones. Both fall with few points.
+
+    Args:
+        real: features [N, F], N at least 4.
+        generated: features [M, F], M at least 4.
+
+    Raises:
+        DataError: fewer rows.
+    """
+    if min(len(real), len(generated)) <= NEIGHBOURS:
+        raise DataError(f"{len(real)} and {len(generated)} points: precision and recall need at least {NEIGHBOURS + 1}")
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        radii = torch.cdist(centres, centres).kthvalue(NEIGHBOURS + 1, dim=1).values  # the first is the point itself
+        return float((torch.cdist(points, centres) <= radii).any(1).double().mean())
+
+    return covered(generated, real), covered(real, generated)
 
 
 def compute_fid(real: Tensor, generated: Tensor, device: str | torch.device = "cpu") -> float:

@@ -151,7 +151,7 @@ def _resize(x: Tensor, dim: int) -> Tensor:
     return torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1)), share)
 
 
-def weights_path() -> Path | None:
+def find_weights() -> Path | None:
     """Return the local file of the weights, in ``checkpoints`` of torch's hub folder; None if there is none."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -163,7 +163,7 @@ def load_inception() -> Inception:
     Raises:
         ConfigError: the file is missing or holds something else; the message names the file and its place.
     """
-    path, folder = weights_path(), Path(torch.hub.get_dir()) / "checkpoints"
+    path, folder = find_weights(), Path(torch.hub.get_dir()) / "checkpoints"
     if path is None:
         raise ConfigError(
             f"the FID needs the weights of Inception: download {WEIGHTS[0]} (release v0.2.0 of toshas/torch-fidelity "

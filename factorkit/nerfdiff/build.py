@@ -106,10 +106,12 @@ def load_partial_run(folder: Path) -> PartialRun:
     tensors, meta = latest
     field = restore_field(_strip_prefix(tensors, "ema.module.field."), settings).requires_grad_(False)
     poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), meta["scene"]["distance"], views.layout)
-    log_focal = tensors.get("ema.module.log_focal")
-    if log_focal is not None and views.layout == "object":
-        poses = dolly_poses(poses, log_focal.exp())
-    return PartialRun(stage.name, int(meta["step"]), field, replace(views, poses=poses))
+    focal = float(tensors.get("ema.module.log_focal", torch.zeros(())).exp())
+    if focal != 1 and views.layout == "object":
+        poses = dolly_poses(poses, focal)
+    focal *= meta["scene"]["distance"] / settings["scene"]["distance"]  # of earlier stages
+    intrinsics = views.intrinsics * torch.tensor([[focal, 1, 1], [1, focal, 1], [1, 1, 1]])
+    return PartialRun(stage.name, int(meta["step"]), field, replace(views, poses=poses, intrinsics=intrinsics))
 
 
 def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

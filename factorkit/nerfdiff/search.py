@@ -21,7 +21,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
 from factorkit.nerfdiff.scene import Scene
-from factorkit.nerfdiff.search_record import SearchRecord, Trial, judge_run, load_record, set_aside
+from factorkit.nerfdiff.search_record import FILE, SearchRecord, Trial, judge_run, load_record, set_aside
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
 from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
 from factorkit.nerfdiff.stages.pipeline import Training
@@ -115,7 +115,7 @@ def choose_search(request: RunRequest) -> PoseSearch:
 def choose_next_search(request: RunRequest, search: PoseSearch) -> tuple[PoseSearch | None, list[str]]:
     """Judge the finished run of a search that was chosen; if alarms reject it, try structure from motion unless tried.
 
-    Collective.
+    Runs of earlier versions, without a record, stay as they are. Collective.
 
     Returns:
         The search to train by instead, or None if the run stays; and sentences on what was tried with what figures.
@@ -123,6 +123,8 @@ def choose_next_search(request: RunRequest, search: PoseSearch) -> tuple[PoseSea
     if request.config.search != "auto" or request.config.poses != "predicted":
         return None, []
     folder, name = request.folder, search.config.search
+    if not distributed.run_on_first((folder / FILE).is_file):
+        return None, []
     record, trial = distributed.run_on_first(lambda: (load_record(folder), judge_run(folder, name)))
     record, notes = record.add(trial), tuple[str, ...]()
     if trial.problem and not record.has("sfm"):

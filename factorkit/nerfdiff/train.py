@@ -33,6 +33,7 @@ from factorkit.nerfdiff.search import (
     decide,
     read_stored_settings,
 )
+from factorkit.nerfdiff.search_record import load_record
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
@@ -84,17 +85,6 @@ def train_nerfdiff(
         CheckpointError: the folder holds another run (other settings, images or cameras), or a checkpoint cannot be
             written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
-
-    Example:
-        >>> from factorkit.data import make_procedural_views
-        >>> views = make_procedural_views(10, 8, seed=1)    # ten images of 8 x 8 pixels, with true poses
-        >>> tiny = {"resolution": 8, "num_candidates": 3, "num_azimuths": 6, "num_elevations": 2, "flip_rounds": 0}
-        >>> tiny |= {"search_grid_resolution": 6, "grid_resolution": 8, "samples_per_ray": 6, "encoder_resolution": 8}
-        >>> tiny |= {"model_channels": 8, "channel_mult": (1, 2), "num_rendered_views": 4, "batch_size": 4}
-        >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views_per_step": 3, "rays_per_view": 8}
-        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, **tiny)
-        >>> scene.poses.shape
-        torch.Size([10, 4, 4])
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
@@ -114,7 +104,8 @@ def train_nerfdiff(
 
     def train(search: PoseSearch) -> NerfdiffRun:
         views, scene, settings = prepare(search)
-        config = choose_capture_settings(search.config, scene, read_stored_settings(folder))
+        stored = read_stored_settings(folder)
+        config = choose_capture_settings(search.config, scene, stored)
         settings |= config.to_dict()
         if progress:
             print_notes([*search.notes, *list_notes(views, scene, config)])
@@ -122,6 +113,8 @@ def train_nerfdiff(
         complete = partial(complete_settings, folder=folder, requested=settings)
         run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
         with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+            if request.config.search == "auto" and "scene" not in stored:
+                distributed.run_on_first(lambda: load_record(folder).save(folder))
             distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
             distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
             Training(config, scene, folder, settings, progress).run()

@@ -20,7 +20,6 @@ from factorkit.ops.dispatch import (
     EXTENSION,
     dense_format,
     empty_like,
-    full_precision,
     has_extension,
     kernels,
     reference_gradients,
@@ -28,16 +27,19 @@ from factorkit.ops.dispatch import (
     select,
     with_layout_of,
 )
+from factorkit.ops.norm_pytorch import (
+    EPS,
+    MASK_FLOOR,
+    NORMS,
+    PIXEL_EPS,
+    affine_gradients,
+    compute_moments,
+    norm_gradients,
+    normalise,
+    shape_of_moments,
+    widen,
+)
 from factorkit.ops.skip import concatenate_masked_skip, count_branches, masked_skip_gradients, shared_gradient
-
-NORMS = ("group", "masked_group", "pixel")  # the order of NormKind in csrc/norm.h
-
-GROUP_EPS = 1e-5  # torch's and guided-diffusion's
-MASKED_GROUP_EPS = 1e-4  # a small region's variance averages few pixels: a larger floor bounds 1/std
-MASK_FLOOR = 1e-3  # added to the mask before it weights moments: an empty region falls back to the plain average
-PIXEL_EPS = 1e-3
-Affine = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, bias, scale, shift
-EPS = {"group": GROUP_EPS, "masked_group": MASKED_GROUP_EPS, "pixel": PIXEL_EPS}
 
 
 def norm_silu(
@@ -104,8 +106,7 @@ def group_norm_silu(
     """
     _check(x, weight, groups, norm, masks, x.shape[0])
     masks = masks if norm == "masked_group" else None
-    run = select("norm_silu", norm_silu, x)
-    return run(x, None, masks, weight, bias, scale, shift, groups, norm, activate)
+    return _run(x, None, masks, weight, bias, scale, shift, groups, norm, activate)
 
 
 def masked_skip_norm_silu(
@@ -130,7 +131,12 @@ def masked_skip_norm_silu(
         ValueError: shapes that do not fit, an unknown norm, groups that do not divide C_u + C_s.
     """
     _check(u, weight, groups, norm, masks, count_branches(u, masks))
-    return select("norm_silu", norm_silu, u)(u, skip, masks, weight, bias, scale, shift, groups, norm, True)
+    return _run(u, skip, masks, weight, bias, scale, shift, groups, norm, True)
+
+
+def _run(u: Tensor, *rest: Any) -> Tensor:
+    result: Tensor | tuple[Tensor, Tensor] = select("norm_silu", norm_silu, u)(u, *rest)
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def _check(x: Tensor, weight: Tensor, groups: int, norm: str, masks: Tensor | None, rows: int) -> None:
@@ -156,29 +162,37 @@ ARGUMENTS = (
 )
 
 
-def _forward(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> Tensor:
-    *affine, groups, norm, activate = rest
-    if skip is not None:
-        z, weights = concatenate_masked_skip(u, skip, masks), masks if norm == "masked_group" else None
-        return with_layout_of(torch.ops.factorkit.norm_silu(z, None, weights, *rest), u)
-    pre = _normalise(u, tuple(affine), masks, groups, norm)[1]
-    out = F.silu(pre, inplace=True) if activate else pre
-    return with_layout_of(out.to(u.dtype).reshape(u.shape), u)
-
-
-def _fake(u: Tensor, skip: Tensor | None, masks: Tensor | None, *_: Any) -> Tensor:
-    if skip is None:
-        return empty_like(u)
-    return with_layout_of(u.new_empty(count_branches(u, masks), u.shape[1] + skip.shape[1], *u.shape[2:]), u)
-
-
-def _backward(grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> list[Tensor]:
-    """Return the gradients of those of u, skip, masks, weight, bias, scale and shift that are not None."""
-    # The concatenation is computed again rather than stored: it is K times the skip, the decoder's largest tensor.
+def _forward(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Return the output and the moments, in the shape of :func:`factorkit.ops.norm_pytorch.shape_of_moments`."""
     *affine, groups, norm, activate = rest
     z = u if skip is None else concatenate_masked_skip(u, skip, masks)
+    values = widen(z)
+    moments = compute_moments(values, masks if norm == "masked_group" else None, groups, norm)
+    pre = normalise(values, tuple(affine), moments)[0]
+    out = F.silu(pre, inplace=True) if activate else pre
+    if moments is None:
+        moments = values.new_empty(shape_of_moments(len(out), groups, norm))
+    return with_layout_of(out.to(u.dtype).reshape(z.shape), u), moments
+
+
+def _fake(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, groups, norm = u.shape[0] if skip is None else count_branches(u, masks), *rest[-3:-1]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    moments = u.new_empty(shape_of_moments(rows, groups, norm), dtype=dtype)
+    if skip is None:
+        return empty_like(u), moments
+    return with_layout_of(u.new_empty(rows, u.shape[1] + skip.shape[1], *u.shape[2:]), u), moments
+
+
+def _backward(
+    grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    """Return the gradients of those of u, skip, masks, weight, bias, scale and shift that are not None."""
+    # The concatenation is computed again rather than stored: it is K times the skip, the decoder's largest tensor.
+    *affine, _, norm, activate = rest
+    z = u if skip is None else concatenate_masked_skip(u, skip, masks)
     weights = masks if norm == "masked_group" else None
-    d_z, d_weights, d_affine = _norm_gradients(grad, z, tuple(affine), weights, groups, norm, activate)
+    d_z, d_weights, d_affine = norm_gradients(grad, widen(z), tuple(affine), weights, moments, activate)
     d_z = d_z.reshape(z.shape)
     if skip is None:
         features = [with_layout_of(d_z.to(u.dtype), u), *([] if d_weights is None else [d_weights])]
@@ -190,103 +204,9 @@ def _backward(grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None
     return [*features, *d_affine]
 
 
-def _backward_fake(grad: Tensor, u: Tensor, skip: Tensor | None, *rest: Any) -> list[Tensor]:
+def _backward_fake(grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, *rest: Any) -> list[Tensor]:
     others = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest if isinstance(x, Tensor)]
     return [empty_like(u), *([] if skip is None else [empty_like(skip)]), *others]
-
-
-def _normalise(
-    x: Tensor, affine: Affine, masks: Tensor | None, groups: int, norm: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Return x as [N, C, P] with P = H*W, the pre-activation as a new tensor, gain, mean, 1/std, weights and their sum.
-
-    Gain, mean and 1/std are [N, C] (1/std is [N, 1, P] for ``"pixel"``); the pixels' weights are [N, P, 1].
-    """
-    weight, bias, scale, shift = affine
-    values = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-    gain, offset = weight.to(values.dtype).expand(x.shape[0], -1), bias.to(values.dtype).expand(x.shape[0], -1)
-    if scale is not None and shift is not None:
-        gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
-    if norm == "pixel":
-        rstd = torch.rsqrt(values.square().mean(1, keepdim=True) + PIXEL_EPS)
-        pre = (values * rstd).mul_(gain[:, :, None]).add_(offset[:, :, None])
-        return values, pre, gain, None, rstd, None, None
-    weights, total, mean, rstd = _moments(values, masks, groups, norm)
-    slope = gain * rstd
-    pre = torch.addcmul((offset - mean * slope)[:, :, None], values, slope[:, :, None])
-    return values, pre, gain, mean, rstd, weights, total
-
-
-@full_precision
-def _moments(
-    values: Tensor, masks: Tensor | None, groups: int, norm: str
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Return the pixels' weights [N, P, 1], their sum, and mean and 1/std of each channel's group, [N, C]."""
-    n, c, p = values.shape
-    weights = total = None
-    if masks is not None:
-        weights = masks.to(values.dtype).reshape(n, p, 1) + MASK_FLOOR
-        total = weights.sum(1, keepdim=True)
-        weights = weights / total
-        first, second = (values @ weights)[:, :, 0], (values.square() @ weights)[:, :, 0]
-    else:
-        first, second = values.mean(2), values.square().mean(2)
-    mean = first.reshape(n, groups, c // groups).mean(2, keepdim=True)
-    variance = (second.reshape(n, groups, c // groups).mean(2, keepdim=True) - mean.square()).clamp_min_(0)
-    rstd = torch.rsqrt(variance + EPS[norm])
-    mean, rstd = (v.expand(n, groups, c // groups).reshape(n, c) for v in (mean, rstd))
-    return weights, total, mean, rstd
-
-
-@full_precision
-def _norm_gradients(
-    grad: Tensor, x: Tensor, affine: Affine, masks: Tensor | None, groups: int, norm: str, activate: bool
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return the gradients of x ([N, C, P], at least fp32), of masks, and of the affine part's tensors."""
-    values, pre, gain, mean, rstd, weights, total = _normalise(x, affine, masks, groups, norm)
-    d_pre = grad.flatten(2).to(values.dtype)
-    if activate:
-        d_pre = torch.ops.aten.silu_backward(d_pre, pre)
-    d_masks: Tensor | None = None
-    if mean is None:
-        normal = values * rstd
-        summed, moment = d_pre.sum(2), (d_pre * normal).sum(2)
-        d_normal = d_pre * gain[:, :, None]
-        d_x = rstd * (d_normal - normal * (d_normal * normal).mean(1, keepdim=True))
-    else:
-        n, c, p = values.shape
-        size = c // groups
-        summed = d_pre.sum(2)
-        moment = ((d_pre * values).sum(2) - mean * summed) * rstd  # sum over pixels of d_pre * normal
-        d1, d2 = (
-            v.reshape(n, groups, size).sum(2, keepdim=True).expand(n, groups, size).reshape(n, c)
-            for v in (gain * summed, gain * moment)
-        )
-        # dL/d(first moment) and 2*dL/d(second moment), divided among the group's channels
-        on_first = (rstd * mean * d2 - d1) * rstd / size
-        on_second = -(rstd.square()) * d2 / size
-        spread = torch.addcmul(on_first[:, :, None], values, on_second[:, :, None])
-        spread = spread.mul_(1.0 / p) if weights is None else spread.mul_(weights.transpose(1, 2))
-        d_x = spread.addcmul_(d_pre, (gain * rstd)[:, :, None])
-        if masks is not None and weights is not None and total is not None:
-            d_weights = on_first[:, None] @ values + (0.5 * on_second)[:, None] @ values.square()
-            d_weights = d_weights - d_weights @ weights
-            d_masks = (d_weights / total).reshape(masks.shape).to(masks.dtype)
-    return d_x, d_masks, _affine_gradients(summed, moment, affine)
-
-
-def _affine_gradients(summed: Tensor, moment: Tensor, affine: Affine) -> list[Tensor]:
-    """Return the gradients of weight, bias and, given them, scale and shift.
-
-    ``summed`` [N, C] is the sum over pixels of the pre-activation's gradient, ``moment`` that of its product with the
-    normalised value.
-    """
-    weight, bias, scale, shift = affine
-    factor = 1.0 if scale is None else 1 + scale
-    gradients = [(moment * factor).sum(0).to(weight.dtype), (summed * factor).sum(0).to(bias.dtype)]
-    if scale is None or shift is None:
-        return gradients
-    return [*gradients, (moment * weight + summed * bias).to(scale.dtype), summed.to(shift.dtype)]
 
 
 # --- C++ (csrc/norm_cpu.cpp): channels_last, fp32 or bf16 ---
@@ -319,18 +239,19 @@ def _cpp_takes(u: Tensor, skip: Tensor | None) -> bool:
     return one_dtype and dense_format(u) == torch.channels_last and u.numel() > 0 and has_extension("cpu")
 
 
-def _forward_cpp(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> Tensor | None:
+def _forward_cpp(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor] | None:
     if not _cpp_takes(u, skip):
         return None
     problem = _Problem(u, skip, masks, *rest)
     shape = (problem.rows, problem.channels, *u.shape[2:])
     out = torch.empty(shape, dtype=u.dtype, memory_format=torch.channels_last)
-    EXTENSION.norm_silu_forward(*problem.arguments, out.data_ptr(), torch.get_num_threads())
-    return out
+    moments = torch.empty(shape_of_moments(problem.rows, *rest[-3:-1]))
+    EXTENSION.norm_silu_forward(*problem.arguments, out.data_ptr(), moments.data_ptr(), torch.get_num_threads())
+    return out, moments
 
 
 def _backward_cpp(
-    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+    grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
 ) -> list[Tensor] | None:
     if not _cpp_takes(u, skip):
         return None
@@ -340,32 +261,35 @@ def _backward_cpp(
         None if x is None else torch.empty_like(x) for x in (problem.u, problem.skip, problem.masks)
     )
     summed, moment = torch.empty(2, problem.rows, problem.channels).unbind(0)
-    gradients = [_address(x) for x in (grad, d_u, d_skip, d_masks, summed, moment)]
+    gradients = [_address(x) for x in (grad, moments, d_u, d_skip, d_masks, summed, moment)]
     EXTENSION.norm_silu_backward(*problem.arguments, gradients, torch.get_num_threads())
     d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
-    return [x for x in (d_u, d_skip, d_masks, *_affine_gradients(summed, moment, rest[:4])) if x is not None]
+    return [x for x in (d_u, d_skip, d_masks, *affine_gradients(summed, moment, rest[:4])) if x is not None]
 
 
 # --- Triton (kernels/group_norm.py, kernels/pixel_norm.py) ---
 
 
-def _forward_triton(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> Tensor:
+def _forward_triton(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *affine, groups, norm, activate = rest
     if norm == "pixel":
         out = kernels.pixel_norm.pixel_forward(u, skip, masks, *affine, activate, PIXEL_EPS)
-    else:
-        settings = (groups, norm == "masked_group", activate, EPS[norm], MASK_FLOOR)
-        out = kernels.group_norm.norm_forward(u, skip, masks, *affine, *settings)
-    return with_layout_of(out, u)
+        return with_layout_of(out, u), out.new_empty(shape_of_moments(len(out), groups, norm), dtype=torch.float32)
+    settings = (groups, norm == "masked_group", activate, EPS[norm], MASK_FLOOR)
+    out, moments = kernels.group_norm.norm_forward(u, skip, masks, *affine, *settings)
+    return with_layout_of(out, u), moments
 
 
-def _backward_triton(grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> list[Tensor]:
-    *affine, groups, norm, activate = rest
+def _backward_triton(
+    grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    *affine, _, norm, activate = rest
     if norm == "pixel":
         found = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, *affine, activate, PIXEL_EPS)
     else:
-        settings = (groups, norm == "masked_group", activate, EPS[norm], MASK_FLOOR)
-        found = kernels.group_norm.norm_backward(grad, u, skip, masks, *affine, *settings)
+        found = kernels.group_norm.norm_backward(
+            grad, moments, u, skip, masks, *affine, activate, EPS[norm], MASK_FLOOR
+        )
     d_u, d_skip, d_masks, *d_affine = found
     d_skip = None if skip is None else with_layout_of(d_skip, skip)
     d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
@@ -375,16 +299,18 @@ def _backward_triton(grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor
 # --- gradient and registration ---
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.groups, ctx.norm, ctx.activate = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple:
-    saved = ctx.saved_tensors
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    moments, *saved = ctx.saved_tensors
     if torch.is_grad_enabled():
         return reference_gradients(norm_silu, (*saved, ctx.groups, ctx.norm, ctx.activate), (grad,))
-    found = iter(torch.ops.factorkit.norm_silu_backward(grad, *saved, ctx.groups, ctx.norm, ctx.activate))
+    moments = None if ctx.norm == "pixel" else moments
+    found = iter(torch.ops.factorkit.norm_silu_backward(grad, moments, *saved, ctx.groups, ctx.norm, ctx.activate))
     return *(None if x is None else next(found) for x in saved), None, None, None
 
 
@@ -395,7 +321,7 @@ register(
     cpp=_forward_cpp,
     triton=_forward_triton,
     autograd=(_setup_context, _autograd),
-    schema=f"({ARGUMENTS}) -> Tensor",
+    schema=f"({ARGUMENTS}) -> (Tensor, Tensor)",
 )
 register(
     "norm_silu_backward",
@@ -403,5 +329,5 @@ register(
     _backward_fake,
     cpp=_backward_cpp,
     triton=_backward_triton,
-    schema=f"(Tensor grad, {ARGUMENTS}) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor? moments, {ARGUMENTS}) -> Tensor[]",
 )

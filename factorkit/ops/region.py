@@ -75,7 +75,7 @@ def _pyramid_backward(grads: list[Tensor]) -> Tensor:
     # From the coarsest level up: every fine pixel receives a quarter of its parent's total.
     total = grads[-1]
     for grad in (*reversed(grads[:-1]), None):
-        total = total.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) * 0.25
+        total = F.interpolate(total, scale_factor=2.0, mode="nearest") * 0.25
         total = total if grad is None else total + grad
     return total.contiguous()
 
@@ -151,10 +151,10 @@ def _pool_fake(features: Tensor, masks: Tensor) -> Tensor:
 def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     values, weights = features.to(grad.dtype).flatten(2), masks.to(grad.dtype).flatten(2)
     total = weights.sum(-1, keepdim=True) + POOL_FLOOR
-    d_features = grad.transpose(1, 2) @ (weights / total)
+    d_features = (weights / total).transpose(1, 2) @ grad  # pixels before channels, as features mostly lie
     d_masks = (grad @ values - (grad * tokens).sum(-1, keepdim=True)) / total
-    d_features = empty_like(features).copy_(d_features.reshape(features.shape))
-    return d_features, d_masks.reshape(masks.shape).to(masks.dtype)
+    d_features = d_features.transpose(1, 2).reshape(features.shape).to(features.dtype)
+    return with_layout_of(d_features, features), d_masks.reshape(masks.shape).to(masks.dtype)
 
 
 def _pool_backward_fake(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,8 +88,8 @@ def add_masked_skip(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
     """Return base_k + m_k * skip, [B*K, C, H, W]: the last step of the shortcut."""
     if masks is None:
         return base + skip
-    masked = _mask_skip(skip, masks)
-    return _repeat_shared(base, masked, masks) + masked
+    own = base[:, None] if _is_shared(base, masks) else base.unflatten(0, masks.shape[:2])
+    return torch.addcmul(own, skip[:, None].to(base.dtype), masks[:, :, None].to(base.dtype)).flatten(0, 1)
 
 
 # --- implementations ---

@@ -23,6 +23,7 @@ from factorkit.utils.errors import ConfigError, DataError
 
 MIN_ETA_GAP = 0.3  # success .40-.51, failure 0-.15
 MIN_PLACE_GAIN = 0.05  # nats a pixel, of object masks: a pixel becomes 5% more probable by its place
+MIN_PLACE_SHARE = 0.25  # of what the regions of object masks explain; right ones from .36 on, leaves .14 and .20
 PLACE_GAIN_SIDE = 32  # pixels of the images that it is measured on
 MIN_POSITION_SHARE, MAX_POSITION_SHARE = 0.05, 0.8  # success .20-.42, positional .91-1, collapsed about 0
 MAX_BOUNDARY_LENGTH = 0.6  # of that of shuffled pixels: success .1-.36 from 16 px on, dithered .9-1
@@ -40,6 +41,7 @@ CHECKS = (
     "flip agreement",
     "eta gap",
     "place gain",
+    "place share",
     "explained colour",
     "agreement with 2-means",
 )
@@ -70,6 +72,7 @@ class Alarms:
         color_share: colour variance that an image's own hard masks explain, over that which its two colour clusters do;
             0 for images of one colour. None: not measured.
         place_gain: of object masks (masks="auto"), in nats a pixel (:func:`measure_place_gain`); None for other masks.
+        place_share: share of the place gain in what regions explain at all; None for other masks.
     """
 
     eta_gap: float
@@ -84,6 +87,7 @@ class Alarms:
     two_means_agreement: float | None = None
     color_share: float | None = None
     place_gain: float | None = None
+    place_share: float | None = None
 
     def checks(self, steps: int | None = None) -> list[Check]:
         """Return what was checked, with values and limits, and what was not, with the reason.
@@ -100,7 +104,7 @@ class Alarms:
         checks = [Check("smallest area", min(self.areas), low=MIN_AREA, failures=tuple(failures))]
         if collapsed:  # all other quantities are degenerate
             reason = "since all pixels lie in one region"
-            names = [name for name in CHECKS[1:] if name != "place gain" or self.place_gain is not None]
+            names = [name for name in CHECKS[1:] if "place" not in name or self.place_gain is not None]
             return checks + [Check(name, not_run=reason) for name in names]
 
         boundary_length = self.boundary_length / max(1e-6, 1 - sum(area**2 for area in self.areas))
@@ -137,6 +141,10 @@ class Alarms:
             f"masks without objects: colours are {self.place_gain or 0:.3f} < {MIN_PLACE_GAIN} nats a pixel more "
             "probable with the regions at their places than with these places moved"
         )
+        share = (
+            f"masks without objects: {self.place_share or 0:.2f} < {MIN_PLACE_SHARE:.2f} of what the regions explain "
+            "depends on their places, as in textures"
+        )
         checks += [
             Check("position share", self.position_share, MIN_POSITION_SHARE, max_position, tuple(position)),
             _check_limit("agreement with the mean mask", self.mean_mask_agreement, mean, high=MAX_MEAN_MASK_AGREEMENT),
@@ -151,6 +159,7 @@ class Alarms:
             content = [
                 _check_limit("eta gap", self.eta_gap, ""),
                 _check_limit("place gain", self.place_gain, place, low=MIN_PLACE_GAIN, decisive=True),
+                _check_limit("place share", self.place_share, share, low=MIN_PLACE_SHARE, decisive=True),
             ]
         elif self.error is None:
             content = [_check_limit("eta gap", self.eta_gap, gap, low=MIN_ETA_GAP, decisive=True)]
@@ -205,13 +214,15 @@ def _check_limit(
 
 
 @torch.no_grad()
-def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> Alarms:
+def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor, objects: bool = False) -> Alarms:
     """Measure the alarms, best on about a hundred images (by chance the position share of N independent masks is 1/N).
 
     Args:
         images: float [N, 3, H, W] in [-1, 1].
         masks: soft, [N, K, H, W], summing to 1 over K, as predicted at a low time step (t = 30).
         masks_of_flipped: [N, K, H, W], as predicted for ``images.flip(3)``, NOT flipped back.
+        objects: whether region 0 is an object (masks="auto"). Then the place gain is measured, and it alone has to turn
+            with the image: regions of the ground may change places.
 
     Raises:
         ConfigError: a single region, which has no alarms.
@@ -229,30 +240,32 @@ def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> A
         )
     images, masks = images.float(), masks.float()
     hard, hard_flipped = _one_hot(masks), _one_hot(masks_of_flipped).flip(3)
+    pair = [torch.cat([m[:, :1], 1 - m[:, :1]], 1) for m in (hard, hard_flipped)] if objects else [hard, hard_flipped]
     entropy = -torch.special.xlogy(masks, masks).sum(1).mean() / math.log(regions)
     explained, clusters = _explained(images, hard), cluster_colors(images)
     return Alarms(
         eta_gap=float(explained - _explained(images, hard.roll(1, 0))),
         position_share=_position_share(hard),
         boundary_length=_boundary_length(hard),
-        flip_agreement=_kappa(hard, hard_flipped),
+        flip_agreement=_kappa(*pair),
         areas=hard.mean((0, 2, 3)).tolist(),
         confidence=float(masks.amax(1).mean()),
         entropy=float(entropy),
         mean_mask_agreement=_kappa(hard, _one_hot(hard.mean(0, keepdim=True)).expand_as(hard)),
         two_means_agreement=two_means_agreement(clusters, hard),
         color_share=float(explained / _explained(images, clusters).clamp_min(1e-6)),
+        **(measure_place_gain(images, masks) if objects else {}),
     )
 
 
 @torch.no_grad()
-def measure_place_gain(images: Tensor, masks: Tensor) -> float:
-    """Return how much more probable colours are with the regions at their places, in nats a pixel.
+def measure_place_gain(images: Tensor, masks: Tensor) -> dict[str, float]:
+    """Return the fields ``place_gain`` and ``place_share`` of :class:`Alarms`.
 
     An image's regions get the mean of the other images' masks as their prior, and their colours by EM. The same is done
     with this prior moved by half an image, to the right, down, and both. The colours are the same, so that the
-    difference of the log likelihoods is about places alone: near 0 where nothing has a place, as in textures, and where
-    regions are places themselves.
+    difference of the log likelihoods, the place gain, is about places alone: near 0 where nothing has a place, as in
+    textures, and where regions are places themselves. Its share is of the gain of the regions over one Gaussian.
 
     Args:
         images: float [N, 3, H, W] in [-1, 1].
@@ -262,11 +275,13 @@ def measure_place_gain(images: Tensor, masks: Tensor) -> float:
     colors, masks = scale_lab(resize(images, side, side)), resize(masks, side, side)
     prior = share_uniformly((masks.sum(0) - masks) / (len(masks) - 1))
 
-    def score(*shift: int) -> Tensor:
-        return fit_mixture(colors, prior.roll(shift, (2, 3)), EM_ROUNDS).logits.logsumexp(1).mean()
+    def score(prior: Tensor) -> float:
+        return float(fit_mixture(colors, prior, EM_ROUNDS).logits.logsumexp(1).mean())
 
-    half = side // 2
-    return float(score(0, 0) - (score(half, 0) + score(0, half) + score(half, half)) / 3)
+    half, placed = side // 2, score(prior)
+    gain = placed - sum(score(prior.roll(shift, (2, 3))) for shift in ((half, 0), (0, half), (half, half))) / 3
+    explained = placed - score(torch.ones_like(prior[:, :1]))
+    return {"place_gain": gain, "place_share": max(0.0, gain) / max(explained, gain, 1e-6)}
 
 
 def two_means_agreement(cluster: Tensor, hard: Tensor) -> float:

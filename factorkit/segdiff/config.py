@@ -12,7 +12,7 @@ from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.schedule import Schedule, check_objective
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
-from factorkit.ops.norm import NORMS
+from factorkit.ops.norm_pytorch import NORMS
 from factorkit.segdiff.backbones import BACKBONES, Backbone, make_backbone
 from factorkit.segdiff.hierarchy import HierarchicalDenoiser, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedDenoiser, check_architecture

@@ -11,18 +11,22 @@ from typing import Any
 import torch
 
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import TrainedRun, check_plausible, read_weights
+from factorkit.engine.run_folder import TrainedRun, check_plausible, read_weights, write_json
+from factorkit.metrics.frechet import compute_fid
+from factorkit.metrics.inception import find_weights
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
+from factorkit.segdiff.drawn_images import choose_photos, log_check, score_drawn, skip_check
 from factorkit.segdiff.editing.editor import Editor
 from factorkit.segdiff.evaluate import score_labelled_images, share_images
 from factorkit.segdiff.hierarchy import SegdiffModel
-from factorkit.segdiff.inference.segment import hard_labels
+from factorkit.segdiff.inference.segment import hard_labels, predict_masks
 from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
-from factorkit.segdiff.sampling import Frame, Generation, draw_images
+from factorkit.segdiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.files import read_log, timeline
 from factorkit.utils.images import signed_to_unit
 
 
@@ -73,8 +77,8 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         self,
         n: int = 16,
         *,
-        sampler: str = "ddim",
-        steps: int | None = 50,
+        sampler: str = DEFAULT_SAMPLER,
+        steps: int | None = DEFAULT_STEPS,
         seed: int = 0,
         trajectory: bool = False,
         progress: bool = False,
@@ -195,6 +199,55 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         )
         scores["step"] = self.step
         self._store_scores(scores)
+        return scores
+
+    def evaluate_generation(
+        self, images: Any, *, n: int = 256, sampler: str = DEFAULT_SAMPLER, steps: int = DEFAULT_STEPS, seed: int = 0
+    ) -> dict[str, Any]:
+        """Score drawn images against photos, and the masks that they were drawn with. Needs no labels.
+
+        Distances are Fréchet distances in fixed random features, so they compare equal numbers of images of one data
+        set alone (:mod:`factorkit.metrics.frechet`). A run folder keeps the scores in ``generation.json``; its verdict
+        and log have the alarm ``drawn images``.
+
+        Args:
+            images: photos, as for :meth:`segment`; best those of the training. A half at most stands in for drawn
+                images.
+            n: images to draw, at most half as many as there are photos.
+            sampler, steps, seed: as for :meth:`generate`.
+
+        Returns:
+            The figures of :class:`~factorkit.segdiff.drawn_images.DrawnScores` and ``noise_share``; for a run with
+            regions ``mask_agreement``, the share of pixels to which segmenting a drawn image gives the region that it
+            was drawn with, and ``mask_agreement_by_chance``, that of another image's regions; ``fid`` where Inception's
+            weights are (:mod:`factorkit.metrics.inception`); ``training_seconds`` of a run folder.
+
+        Raises:
+            ConfigError: an unknown sampler, or steps out of range.
+            DataError: fewer than 32 photos, or nothing to read.
+        """
+        photos = signed_to_unit(self._read_squares(images))
+        reference, others = choose_photos(len(photos), n)
+        drawn = self.generate(len(others), sampler=sampler, steps=steps, seed=seed)
+        drawn_scores = score_drawn(drawn.images, photos[reference], photos[others])
+        scores = drawn_scores.to_dict() | {"sampler": sampler, "steps": steps, "step": self.step}
+        if self.config.num_leaf_regions > 1:
+            with self._autocast():
+                masks = predict_masks(self.model, drawn.images * 2 - 1, self.config.segment_t, self.schedule)
+            labels = hard_labels(masks, self.config.nesting)
+            scores["mask_agreement"] = float((labels == drawn.labels).double().mean())
+            scores["mask_agreement_by_chance"] = float((labels == drawn.labels.roll(1, 0)).double().mean())
+        if find_weights() is not None:
+            scores["fid"] = compute_fid(photos[others], drawn.images, self.device)
+        if (folder := self.folder) is not None:
+            scores["training_seconds"] = sum(e.get("seconds") or 0 for e in timeline(read_log(folder), "step"))
+            check = skip_check(self.step, len(photos)) or drawn_scores.check()
+
+            def write() -> None:
+                write_json(folder / "generation.json", scores)
+                log_check(folder, self.step, check)
+
+            distributed.run_on_first(write)
         return scores
 
     def evaluate_zero_shot(

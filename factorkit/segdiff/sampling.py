@@ -17,6 +17,7 @@ from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import derived_seed
 
 SAMPLE_BATCH_SIZE = 64  # images generated at once
+DEFAULT_SAMPLER, DEFAULT_STEPS = "dpm++", 20  # the table of samplers in docs/generation.md
 
 
 class Frame(NamedTuple):
@@ -76,8 +77,8 @@ def draw_images(
     config: ResolvedSegdiffConfig,
     count: int,
     *,
-    sampler: str = "ddim",
-    steps: int | None = 50,
+    sampler: str = DEFAULT_SAMPLER,
+    steps: int | None = DEFAULT_STEPS,
     seed: int = 0,
     device: torch.device,
     progress: bool = False,

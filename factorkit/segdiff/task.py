@@ -19,7 +19,7 @@ from factorkit.diffusion.schedule import (
 )
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
-from factorkit.segdiff.alarms import Alarms, measure_alarms, measure_place_gain
+from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
@@ -32,7 +32,7 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 
 NUM_PROBES = 96  # images the alarms are measured on; by chance the position share of N independent masks is 1/N
 NUM_PREVIEW_IMAGES = 8
-NUM_PREVIEW_STEPS = 25  # denoising steps of the generated images
+PREVIEW_SAMPLER, NUM_PREVIEW_STEPS = "ddim", 25  # of the generated images
 
 
 class SegdiffTask:
@@ -136,7 +136,14 @@ class SegdiffTask:
         folder.mkdir(parents=True, exist_ok=True)
         labels = torch.arange(count) % len(config.class_names) if config.class_names else None
         generated = draw_images(
-            model, config, count, steps=NUM_PREVIEW_STEPS, seed=0, device=self.device, labels=labels
+            model,
+            config,
+            count,
+            sampler=PREVIEW_SAMPLER,
+            steps=NUM_PREVIEW_STEPS,
+            seed=0,
+            device=self.device,
+            labels=labels,
         )
         grid = previews.draw_generation_grid(
             signed_to_pixels(generated.images), generated.bottleneck.masks.float().cpu().numpy()
@@ -166,13 +173,12 @@ class SegdiffTask:
         """Measure the label-free alarms of ``model`` on the probe images."""
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         masks_of_flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
-        alarms = measure_alarms(self.probes, masks, masks_of_flipped)
+        alarms = measure_alarms(self.probes, masks, masks_of_flipped, objects=self.config.masks == "auto")
         if self.config.masks == "network":
             return alarms
         proposer = cast(MaskProposer, model.masks)
         error = unexplained_noise(proposer, self.probes, self.schedule)
-        gain = measure_place_gain(self.probes, masks) if self.config.masks == "auto" else None
-        return dataclasses.replace(alarms, error=error, place_gain=gain)
+        return dataclasses.replace(alarms, error=error)
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

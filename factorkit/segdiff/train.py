@@ -21,8 +21,18 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import CONFIG, RunLog, claimed, copy_folder, read_object, read_settings, write_json
 from factorkit.engine.trainer import Trainer
+from factorkit.report.content import judged_alarms
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.drawn_images import (
+    DRAWN_IMAGES,
+    NUM_CHECK_STEPS,
+    NUM_CHECKED,
+    choose_photos,
+    log_check,
+    score_drawn,
+    skip_check,
+)
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
 from factorkit.segdiff.object_stages import ObjectStages, TimedStages
@@ -32,7 +42,8 @@ from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.files import LOG_NAME
+from factorkit.utils.files import LOG_NAME, read_log
+from factorkit.utils.images import pixels_to_images
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
@@ -135,6 +146,7 @@ def train_segdiff(
         run = SegdiffRun.load(folder, device=device)
         if dataset.test_images is not None and config.num_leaf_regions > 1:
             score_run(run, dataset, baselines)
+        judge_drawn_images(run, prepared.images)
     return run
 
 
@@ -165,6 +177,25 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
     distributed.run_on_first(lambda: write_report(cast(Path, run.folder)))
+
+
+def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
+    """Add the alarm on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
+    folder = cast(Path, run.folder)
+    alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
+    if alarms.get("step") == run.step and any(check["name"] == DRAWN_IMAGES for check in alarms.get("checks", ())):
+        return
+    check = skip_check(run.step, len(photos))
+    if check is None:
+        reference, others = choose_photos(len(photos), NUM_CHECKED)
+        drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
+        check = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).check()
+
+    def write() -> None:
+        log_check(folder, run.step, check)
+        write_report(folder)
+
+    distributed.run_on_first(write)
 
 
 def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.traffic import Count, counted, size, step_traffic, table
+from benchmarks.traffic import BIASES, Count, counted, size, step_traffic, table
 
 
 def test_operations_count_arguments_and_outputs_but_not_views():
@@ -17,6 +17,14 @@ def test_operations_count_arguments_and_outputs_but_not_views():
     conv, rest = count.parts["convolutions and products"], count.parts["norms, skips, masks, sums"]
     assert (conv.moved, conv.flops) == (4 * (2 * 3 * 64 + 15 + 2 * 5 * 64), 2 * 2 * 5 * 64 * 3)
     assert (rest.moved, rest.flops) == (4 * 4 * (2 * 2 * 64), 0)
+
+
+def test_bias_of_a_convolution_counts_three_passes_over_its_output():
+    with torch.device("meta"):
+        x, layer = torch.empty(2, 3, 8, 8), torch.nn.Conv2d(3, 5, 3, padding=1)
+        with counted(launches=False) as count:
+            layer(x).sum().backward()
+    assert count.parts[BIASES].moved == 2 * (4 * 2 * 5 * 64) + 4  # the sum's gradient is one number, expanded
 
 
 def test_expanded_tensors_count_once_also_in_lists():
@@ -41,7 +49,7 @@ def test_thesis_step_traffic(changes):
     if "form" not in changes:
         assert flops["unfused"] == pytest.approx(2 * 3 * 2 * 123.7e9, rel=0.02)
     lines = table(result).splitlines()
-    assert len(lines) == 2 + 4 + 1 and lines[-1].startswith("| total | ")
+    assert len(lines) == 2 + 5 + 1 and lines[-1].startswith("| total | ")
 
 
 def test_more_branches_cost_less_than_in_proportion():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -296,3 +297,11 @@ def test_ctrl_c_reports_what_is_saved(run_cli, run, monkeypatch, flags):
     assert code == 130 and str(run) in err and "checkpoint is saved" in err
     code, _, err = run_cli(*flags(), "--out", "new")
     assert code == 130 and "nothing was saved" in err
+
+
+def test_generate_defaults_equal_those_of_the_library():
+    from factorkit.cli.generate import Generate
+    from factorkit.segdiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS
+
+    defaults = {field.name: field.default for field in dataclasses.fields(Generate)}
+    assert (defaults["sampler"], defaults["steps"]) == (DEFAULT_SAMPLER, DEFAULT_STEPS)

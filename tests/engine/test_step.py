@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from factorkit.engine import step as engine_step
 from factorkit.engine.cuda_graph import WARM_UP, GraphedWork
 from factorkit.engine.step import Meter, MovingAverage
 from factorkit.engine.trainer import Trainer
@@ -140,6 +141,18 @@ class FakeGraph:
 
     def replay(self):
         self.replays += 1
+
+
+def test_convolutions_of_a_training_on_a_gpu_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    engine_step.measure_convolutions(CPU)
+    assert not torch.backends.cudnn.benchmark
+    engine_step.measure_convolutions(torch.device("cuda", 0))
+    assert torch.backends.cudnn.benchmark
+    devices = []
+    monkeypatch.setattr(engine_step, "measure_convolutions", devices.append)
+    segdiff(tmp_path)._training_step(Meter(CPU))
+    assert devices == [CPU]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.metrics.frechet import frechet_distance, random_features
+from factorkit.metrics.frechet import frechet_distance, precision_recall, random_features
 from factorkit.utils.errors import DataError
 
 
@@ -66,3 +66,24 @@ def test_frechet_invalid_shapes_raise():
         random_features(torch.zeros(2, 1, 16, 16))
     with pytest.raises(DataError, match=r"\(1, 4\) and \(9, 4\)"):
         frechet_distance(cloud(1, 4), cloud(9, 4))
+
+
+def test_precision_recall_of_two_halves_and_of_sets_apart():
+    a, b = cloud(200, 3, 1), cloud(200, 3, 2)
+    precision, recall = precision_recall(a, b)
+    assert precision > 0.8 and recall > 0.8
+    assert precision_recall(a, b + 50) == (0, 0)
+    narrow = precision_recall(a, 0.2 * b)  # all within the real ones, which it does not reach
+    assert narrow[0] > 0.9 and narrow[1] < 0.3
+    with pytest.raises(DataError, match="at least 4"):
+        precision_recall(a, b[:3])
+
+
+def test_precision_recall_equals_a_loop():
+    a, b = cloud(9, 2, 1), cloud(7, 2, 2)
+
+    def share(points, centres):
+        radii = [sorted((c - d).norm() for d in centres)[3] for c in centres]
+        return sum(any((p - c).norm() <= r for c, r in zip(centres, radii, strict=True)) for p in points) / len(points)
+
+    assert precision_recall(a, b) == pytest.approx((share(b, a), share(a, b)))

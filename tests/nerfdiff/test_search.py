@@ -115,6 +115,9 @@ def test_train_auto_rejected_dictionary_of_small_images_says_why_nothing_follows
     text = capsys.readouterr().err
     assert 'search="sfm" was not tried: images of 8 < 128 pixels are too small' in text
     assert 'search="sfm" was not tried' in (tmp_path / "run/report.html").read_text().replace("&quot;", '"')
+    (tmp_path / "run/search.json").unlink()  # as of an earlier version
+    train_nerfdiff(scene_views, out=tmp_path / "run", **{**tiny, "progress": True})
+    assert "was not tried" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

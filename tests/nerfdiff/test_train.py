@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.nerfdiff.build import load_partial_run
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import open_scene
@@ -80,6 +82,12 @@ def test_train_other_final_field_keeps_the_focal_length_of_the_refinement(tmp_pa
     assert distance.tolist() == pytest.approx([focal] * len(scene_views), rel=1e-4), "the object keeps its size"
     predicted = NerfdiffRun.load(tmp_path / "run", device="cpu").predict_pose(scene_views).poses
     assert torch.allclose(predicted[:, :3, 3].norm(dim=1), run.poses[0, :3, 3].norm(), rtol=1e-4)
+    for stage in ("fit", "refine"):
+        partial = load_partial_run(tmp_path / "run")
+        assert partial.stage == stage
+        torch.testing.assert_close(partial.views.poses[:, :3, 3].norm(dim=1), run.poses[:, :3, 3].norm(dim=1))
+        torch.testing.assert_close(partial.views.intrinsics, run.views.intrinsics)
+        shutil.rmtree(tmp_path / "run" / "stages" / stage)
     events = [event for event in read_log(tmp_path / "run") if event["event"] == "focal"]
     assert [event["factor"] for event in events] == [pytest.approx(focal, rel=1e-5)]
 

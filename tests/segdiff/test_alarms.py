@@ -53,22 +53,35 @@ def test_failures_object_masks_are_empty(scene):
 def test_alarms_of_object_masks_are_decided_by_the_place_gain(scene):
     images, inside = scene
     result = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
-    masks = dataclasses.replace(result, error=0.2, place_gain=0.1, eta_gap=0.07, color_share=0.5, position_share=0.85)
-    assert masks.ok and [check.name for check in masks.checks() if check.decisive] == ["place gain"]
-    assert read_failure_names(dataclasses.replace(masks, place_gain=0.02)) == {"masks without objects"}
+    masks = dataclasses.replace(
+        result, error=0.2, place_gain=0.1, place_share=0.5, eta_gap=0.07, color_share=0.5, position_share=0.85
+    )
+    assert masks.ok and [check.name for check in masks.checks() if check.decisive] == ["place gain", "place share"]
+    for change in ({"place_gain": 0.02}, {"place_share": 0.2}):
+        assert read_failure_names(dataclasses.replace(masks, **change)) == {"masks without objects"}
+
+
+def test_flip_agreement_of_object_masks_is_that_of_the_object(scene):
+    images, inside = scene
+    left = (torch.arange(SIZE) < SIZE // 2).expand(N, SIZE, SIZE)
+    masks = soften_labels(torch.where(inside, 0, 1 + left.long()), 3)
+    flipped = soften_labels(torch.where(inside.flip(2), 0, 1 + left.long()), 3)
+    assert measure_alarms(images, masks, flipped, objects=True).flip_agreement == pytest.approx(1, abs=1e-5)
+    assert measure_alarms(images, masks, flipped).flip_agreement < 0.5
 
 
 def test_place_gain_is_high_for_objects_and_none_for_textures_or_halves(scene):
     images, inside = scene
-    assert measure_place_gain(images, soften_labels(inside)) > 0.2
+    objects = measure_place_gain(images, soften_labels(inside))
+    assert objects["place_gain"] > 0.2 and objects["place_share"] > 0.5
     generator = torch.Generator().manual_seed(2)
     textures = F.interpolate(torch.rand(N, 3, 6, 6, generator=generator), size=(SIZE, SIZE), mode="bicubic") * 2 - 1
     bright = textures.mean(1) > textures.mean((1, 2, 3))[:, None, None]
-    assert abs(measure_place_gain(textures, soften_labels(bright))) < 0.02
     left = (torch.arange(SIZE) < SIZE // 2).expand(N, SIZE, SIZE)
     halves = torch.where(left[:, None], *torch.rand(2, N, 3, 1, 1, generator=generator)) * 2 - 1
-    assert abs(measure_place_gain(halves, soften_labels(left))) < 0.02
-    assert measure_place_gain(torch.zeros_like(images), soften_labels(inside)) == pytest.approx(0, abs=1e-5)
+    for pixels, labels in ((textures, bright), (halves, left), (torch.zeros_like(images), inside)):
+        places = measure_place_gain(pixels, soften_labels(labels))
+        assert abs(places["place_gain"]) < 0.02 and places["place_share"] < 0.2
 
 
 def test_alarms_with_an_error_are_ranked_by_it(scene):

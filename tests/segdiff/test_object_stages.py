@@ -119,10 +119,13 @@ def test_train_on_few_images_segments_and_generates(tmp_path, count):
     assert segmentation.masks.isfinite().all() and segmentation.labels.shape == (count, 16, 16)
     generated = run.generate(2, steps=3)
     assert generated.images.isfinite().all() and generated.masks.shape == (2, 2, 16, 16)
+    log = (tmp_path / "run/log.jsonl").read_text()
+    assert "photos unlike the training set will not be named: that takes at least 20 images" in log
+    assert segmentation.unlike == (False,) * count
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["grey", "one colour", "noise"])
+@pytest.mark.parametrize("kind", ["grey", "one colour", "noise", "transparent", "one of border colour"])
 def test_train_on_unusual_images_is_finite(tmp_path, kind):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 16, 16, 3), np.uint8)
@@ -130,6 +133,11 @@ def test_train_on_unusual_images_is_finite(tmp_path, kind):
         images[...] = images[..., :1]
     elif kind == "one colour":
         images[...] = images[:1, :1, :1]
+    elif kind == "transparent":
+        images = np.concatenate([images, np.zeros((6, 16, 16, 1), np.uint8)], 3)
+    elif kind == "one of border colour":
+        images = draw_flowers(6, 16, seed=0)[0]
+        images[2] = images[2, 0, 0]
     masks = train(tmp_path / "run", images).segment(images).masks
     assert masks.isfinite().all()
 
@@ -146,6 +154,15 @@ def test_segment_of_unusual_photos_is_finite(whole, kind):
     }[kind]
     segmentation = factorkit.load(whole, device="cpu").segment([photo])
     assert segmentation.labels[0].shape == photo.shape[:2] and segmentation.masks[0].isfinite().all()
+
+
+@pytest.mark.slow
+def test_segment_of_a_huge_photo_has_its_size(whole):
+    photo = np.zeros((2500, 3500, 3), np.uint8)
+    photo[800:1700, 1200:2400] = (220, 60, 40)
+    segmentation = factorkit.load(whole, device="cpu").segment([photo])
+    assert segmentation.labels[0].shape == (2500, 3500)
+    assert (segmentation.masks[0].sum(0) - 1).abs().max() < 1e-4
 
 
 def test_teacher_masks_sum_to_one():

@@ -254,9 +254,10 @@ def test_generate_trajectory_ends_at_the_images(run, sampler):
 
 def test_generate_untrained_levels_are_skipped():
     low = build_untrained_run(high_noise_fraction=0.0, t_max=40)
-    assert [frame.t for frame in low.generate(1, trajectory=True).trajectory][:2] == [39, 38], (
-        "no more steps than levels"
-    )
+    assert [frame.t for frame in low.generate(1, sampler="ddim", steps=50, trajectory=True).trajectory][:2] == [
+        39,
+        38,
+    ], "no more steps than levels"
     assert (
         build_untrained_run(high_noise_fraction=0.1, t_max=40).generate(1, steps=2, trajectory=True).trajectory[0].t
         == 999

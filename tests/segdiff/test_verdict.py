@@ -115,6 +115,6 @@ def test_headline_tiles_name_the_best_baseline():
     tiles = REPORT.tiles({"eta_gap": 0.4}, {"iou": 0.874, "baselines": BASELINES})
     assert [tile.value for tile in tiles] == ["0.874", "", "0.400", ""] and tiles[0].note == "best baseline 0.866"
     assert tiles[2].note == "alarm below 0.3"
-    alarms = dataclasses.replace(CONTENT, error=0.2, place_gain=0.4).to_dict()
+    alarms = dataclasses.replace(CONTENT, error=0.2, place_gain=0.4, place_share=0.6).to_dict()
     assert [tile.note for tile in REPORT.tiles(alarms, {})[2:]] == ["alarm below 0.05", "no limit"]
     assert REPORT.tiles(alarms, {})[2].value == "0.400"

@@ -1,4 +1,4 @@
-"""Structure from motion by COLMAP (Schönberger and Frahm 2016): cameras of overlapping, textured images.
+"""Structure from motion: cameras of overlapping, textured images (COLMAP, Schönberger and Frahm 2016; GLOMAP).
 
 Features, matches and the model lie in a database, so that an interrupted run repeats only what is missing. Nothing
 depends on the number of threads.
@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from tqdm import tqdm
 
 from factorkit.data.files import format_examples
 from factorkit.engine.run_folder import read_object, write_json
@@ -132,7 +130,7 @@ def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, pr
     extract_features(colmap, database, images, progress)
     match_images(colmap, database, choose_pairs(images, ordered), progress)
     still_pairs = drop_still_matches(colmap, database, images)
-    result = replace(_map_images(colmap, database, folder, images, progress), still_pairs=still_pairs)
+    result = replace(_map_images(colmap, database, folder, images), still_pairs=still_pairs)
     values = asdict(result) | {"model": None if result.model is None else MODEL}
     write_json(folder / RESULT, {"key": key, "result": values})
     database.unlink(missing_ok=True)
@@ -169,26 +167,28 @@ def _key(images: Sequence[FeatureImage], ordered: bool, version: str) -> str:
     return parts.hexdigest()
 
 
-def _map_images(
-    colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage], progress: bool
-) -> SfmResult:
-    """Register one image after another; write the largest model with the names of the views."""
+def _map_images(colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage]) -> SfmResult:
+    """Find all cameras at once (GLOMAP, Pan et al. 2024); write the largest model with the names of the views.
+
+    Registering one image after another found 43 of Lego's 100 cameras where this finds 97, and no ring of cameras.
+    """
     with opened(colmap, path) as database:
-        exact = {x.camera_id for x in database.read_all_cameras() if x.model_name == "PINHOLE"}
+        is_exact = [camera.model_name == "PINHOLE" for camera in database.read_all_cameras()]
         reason = _explain_no_model(colmap, database)
         plain = [x.name for i, x in enumerate(images) if database.num_keypoints_for_image(i + 1) < MIN_PAIR_MATCHES]
-    options = colmap.IncrementalPipelineOptions(
-        num_threads=1, random_seed=0, extract_colors=False, constant_cameras=exact
-    )
     # sums of several threads depend on their order
-    options.mapper.num_threads = 1
-    options.mapper.random_seed = options.triangulation.random_seed = 0
-    options.mapper.constant_cameras = exact
+    options = colmap.GlobalPipelineOptions(num_threads=1, random_seed=0)
+    mapper = options.mapper
+    mapper.num_threads = mapper.bundle_adjustment.ceres.solver_options.num_threads = 1
+    for part in (mapper, mapper.rotation_averaging, mapper.global_positioning, mapper.retriangulation):
+        part.random_seed = 0
+    mapper.global_positioning.use_gpu = mapper.bundle_adjustment.ceres.use_gpu = False
+    if all(is_exact):
+        mapper.bundle_adjustment.refine_focal_length = mapper.bundle_adjustment.refine_extra_params = False
     work = folder / "models"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    with tqdm(total=len(images), desc="sfm: cameras", disable=not progress, leave=False) as bar:
-        found = colmap.incremental_mapping(path, folder, work, options, next_image_callback=bar.update)
+    found = colmap.global_mapping(path, folder, work, options)
     shutil.rmtree(work)
     models = sorted(found.values(), key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
     names = [image.name for image in images]

@@ -128,6 +128,18 @@ def test_find_cameras_nothing_to_match_says_so(tmp_path, masked):
 
 
 @pytest.mark.slow
+def test_find_cameras_ring_of_exact_cameras_is_closed_and_keeps_their_intrinsics(tmp_path):
+    poses = orbit(np.arange(0, 360, 24.0))
+    images = to_images([render_photo(pose, make_intrinsics_of(SIZE), SIZE)[0] for pose in poses], focal="exact")
+    result = sfm.find_cameras(images, tmp_path, False, False)
+    assert len(result.registered) == 15
+    model = read_model(tmp_path)
+    found = torch.from_numpy(np.stack([model.cameras[image.name].pose for image in images]))
+    assert pose_errors(found, torch.from_numpy(poses)).rotation_degrees.max() <= 0.3
+    np.testing.assert_allclose(model.cameras["a 3.png"].intrinsics(*SIZE), make_intrinsics_of(SIZE), atol=1e-9)
+
+
+@pytest.mark.slow
 def test_find_cameras_two_images_are_too_few_and_it_says_so(tmp_path, photos):
     result = sfm.find_cameras(photos[:2], tmp_path, False, False)
     assert result.model is None and "1 pair of images match, but too weakly" in result.describe()[0]

@@ -1,0 +1,143 @@
+"""The alarm on drawn images, and their scores."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from factorkit.data import draw_flowers
+from factorkit.engine.run_folder import RunLog
+from factorkit.report.content import Check, judged_alarms
+from factorkit.segdiff.drawn_images import DRAWN_IMAGES, NUM_CHECKED, choose_photos, log_check, score_drawn, skip_check
+from factorkit.segdiff.verdict import judge_regions
+from factorkit.utils.errors import DataError
+from factorkit.utils.files import read_log
+from factorkit.utils.images import pixels_to_images
+
+N = NUM_CHECKED
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return pixels_to_images(draw_flowers(160, 32, seed=0)[0])
+
+
+def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if kind == "photos":
+        return pixels_to_images(draw_flowers(N, 32, seed=9)[0])
+    if kind == "slightly noised":
+        return make_drawn("photos", photos) + 0.05 * torch.randn(N, 3, 32, 32, generator=generator)
+    if kind == "noise":
+        return torch.rand(N, 3, 32, 32, generator=generator)
+    if kind == "noised":
+        return (make_drawn("photos", photos) + 0.25 * torch.randn(N, 3, 32, 32, generator=generator)).clamp(0, 1)
+    if kind == "blobs":
+        return torch.nn.functional.interpolate(torch.rand(N, 3, 4, 4, generator=generator), 32, mode="bilinear")
+    if kind == "mean image":
+        return photos.mean(0, keepdim=True).expand(N, -1, -1, -1)
+    return photos[:1].expand(N, -1, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        ("photos", True),
+        ("slightly noised", True),
+        ("noise", False),
+        ("noised", False),
+        ("blobs", False),
+        ("mean image", False),
+        ("one photo", False),
+    ],
+)
+def test_check_drawn_images_separates_photos_from_noise(photos, kind, passes):
+    reference, others = choose_photos(len(photos), N)
+    scores = score_drawn(make_drawn(kind, photos), photos[reference], photos[others])
+    check = scores.check()
+    assert (check.status == "passed") == passes, scores
+    assert scores.frechet_photos < scores.frechet_noise and 0 <= scores.precision <= 1
+    assert not check.decisive  # images do not say whether masks are right
+    if not passes:
+        assert f"{scores.frechet:.3f}" in check.failures[0] and check.failures[0].startswith(DRAWN_IMAGES)
+
+
+def test_choose_photos_are_apart_and_as_many_as_there_are():
+    for count in (32, 50, 3000):
+        reference, others = choose_photos(count, N)
+        assert not set(reference) & set(others) and max(*reference, *others) < count
+        assert len(others) == min(N, count // 2) and len(reference) == min(1000, count - len(others))
+    with pytest.raises(DataError, match="31 photos"):
+        choose_photos(31, N)
+
+
+@pytest.mark.parametrize(("step", "count", "reason"), [(99, 500, "99 steps"), (100, 31, "31 photos"), (100, 32, None)])
+def test_skip_check_few_steps_or_photos_give_the_reason(step, count, reason):
+    check = skip_check(step, count)
+    assert (check is None) == (reason is None)
+    assert check is None or (check.status == "not run" and reason in check.not_run)
+
+
+def judge(folder, check: Check | None, **scores):
+    with RunLog(folder) as log:
+        passed = {"name": "eta gap", "status": "passed", "decisive": True, "value": 0.4}
+        log.event("alarms", step=400, eta_gap=0.4, checks=[passed], failures=[])
+    if check is not None:
+        log_check(folder, 400, check)
+    return judge_regions(read_log(folder), scores)
+
+
+NOISE = Check(DRAWN_IMAGES, 3.0, high=0.5, failures=("drawn images are noise: 0.9",))
+RIGHT = Check(DRAWN_IMAGES, 0.2, high=0.5)
+SCORES = {"iou": 0.9, "scored": 9, "baselines": {"mean_mask": {"iou": 0.5}}}
+
+
+def test_verdict_noise_is_never_green(tmp_path):
+    assert judge(tmp_path / "a", RIGHT, **SCORES).status == "good"
+    assert judge(tmp_path / "b", None, **SCORES).status == "good"  # a run stored before there was the check
+    noise = judge(tmp_path / "c", NOISE, **SCORES)
+    assert noise.status == "mixed" and any("drawn images are noise" in line for line in noise.details)
+    assert judge(tmp_path / "d", NOISE).status == "bad"
+    untrained = judge(tmp_path / "e", skip_check(1, 500), **SCORES)
+    assert untrained.status == "mixed" and "drawn images were not checked" in untrained.headline
+
+
+def test_log_check_replaces_its_own_and_keeps_the_others(tmp_path):
+    judge(tmp_path, NOISE)
+    log_check(tmp_path, 400, RIGHT)
+    alarms, failures = judged_alarms(read_log(tmp_path))
+    assert [check["name"] for check in alarms["checks"]] == ["eta gap", DRAWN_IMAGES]
+    assert failures == [] and alarms["eta_gap"] == 0.4
+    log_check(tmp_path / "plain", 500, NOISE)  # a plain DDPM has no alarms before
+    assert judged_alarms(read_log(tmp_path / "plain"))[1] == list(NOISE.failures)
+
+
+def test_evaluate_generation_scores_images_and_masks(make_random_run, monkeypatch, tmp_path):
+    """With photos for drawn images it finds photos; masks that were drawn with are those that it segments."""
+    run = make_random_run()
+    run.folder, run.step = tmp_path, 400
+    photos = draw_flowers(80, 16, seed=0)[0]
+    untrained = run.evaluate_generation(photos, steps=2)
+    assert untrained["images"] == 40 and untrained["noise_share"] > 0.5
+    assert 0 <= untrained["mask_agreement"] <= 1 and "fid" not in untrained
+    assert json.loads((tmp_path / "generation.json").read_text())["frechet"] == untrained["frechet"]
+    assert judged_alarms(read_log(tmp_path))[1][0].startswith("drawn images are noise")
+
+    generate = run.generate
+
+    def draw_photos(n, **options):
+        drawn = generate(n, **options)
+        images = pixels_to_images(draw_flowers(n, 16, seed=9)[0])
+        segmented = run.segment(images)
+        return drawn._replace(images=images, labels=segmented.labels, masks=segmented.masks)
+
+    monkeypatch.setattr(run, "generate", draw_photos)
+    right = run.evaluate_generation(photos, steps=2)
+    assert right["noise_share"] < 0.5 and right["precision"] > 0.5 and right["recall"] > 0.5
+    assert right["mask_agreement"] > 0.99 > right["mask_agreement_by_chance"]
+    assert judged_alarms(read_log(tmp_path))[1] == []
+    with pytest.raises(DataError, match="31 photos"):
+        run.evaluate_generation(np.array(photos[:31]))
