@@ -210,7 +210,7 @@ class ObjectStages:
             errors.append(unexplained_noise(mixture, images, self.schedule, weight * cues))
         gain = 1 - errors[1] / errors[0]
         use = int(gain >= MIN_CUE_GAIN)
-        self.log_weight(use, f"the cue explains {gain:.1%} of the unexplained noise, the limit is {MIN_CUE_GAIN:.1%}")
+        self.log_weight(use, f"the cue explains {gain:.2%} of the unexplained noise, the limit is {MIN_CUE_GAIN:.1%}")
         return mixtures[use], float(use)
 
     def log_weight(self, weight: float, reason: str) -> None:

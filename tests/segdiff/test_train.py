@@ -333,7 +333,7 @@ def test_seed_trials_best_trial_is_continued_exactly(monkeypatch):
 
 def test_seed_trials_of_a_mixture_are_ranked_by_unexplained_noise(monkeypatch):
     alarms = {0: 0.25, 1: 0.21, 2: 0.22}
-    monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *args: HEALTHY)
+    monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *args, **settings: HEALTHY)
     errors = iter(alarms.values())
     monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *args: next(errors))
     with monkeypatch.context() as patch:
