@@ -76,7 +76,7 @@ COMMANDS = {
     "render": ("scene", "Render"),
     "sample": ("scene", "Sample"),
     "export": ("scene", "Export"),
-    "view": ("scene", "View"),
+    "view": ("view", "View"),
     "reproduce": ("reproduce", "Reproduce"),
     "evaluate": ("evaluate", "Evaluate"),
     "choose-regions": ("train", "ChooseRegions"),

@@ -37,8 +37,7 @@ REPORT_NAME = "report.html"
 _SIGNATURE = "<p class='kicker'>factorkit run</p>"  # of every report, within the first characters
 _SIGNATURE_WITHIN = 1 << 16
 _GRID_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
-_STRIP_LENGTH = 8  # earlier grids of one kind in the strip below the newest
-_STRIP_SIZE = (320, 240)  # bounds in pixels of an image in the strip
+_STRIP_LENGTH, _STRIP_SIZE = 8, (320, 240)  # earlier grids of one kind below the newest; bounds of each in pixels
 _MAX_EVENTS = 200  # only the newest events are listed
 _SCORES = (("acc", "Acc"), ("iou", "IoU"), ("dice", "Dice"))
 

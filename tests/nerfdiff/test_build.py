@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from factorkit.cli.scene import load_contents, newest_checkpoint
+from factorkit.cli.view import load_contents, newest_checkpoint
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.nerfdiff.build import load_partial_run
 from factorkit.nerfdiff.cameras.poses import OrbitPoses, orbit_poses

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from factorkit.cli.main import main
-from factorkit.cli.scene import load_contents
+from factorkit.cli.view import load_contents
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import images_to_pixels

@@ -11,7 +11,7 @@ import torch
 import factorkit
 from factorkit import rendering
 from factorkit.cli.main import main
-from factorkit.cli.scene import load_contents, newest_checkpoint
+from factorkit.cli.view import load_contents, newest_checkpoint
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.export import kind_of
 from factorkit.nerfdiff.export.splats import read_splats, save_ply, save_splats
