@@ -154,7 +154,14 @@ def test_viewer_page_draws_the_scene_and_hides_cameras_without_errors(visit, mon
     with Viewer(scene, port=18100) as opened:
         visit.page.goto(opened.url)
         visit.page.get_by_text("Step 7").wait_for()
-        pixels = wait_for(visit, "viewer", lambda pixels: np.ptp(pixels[270:330, 360:440, 0]) > 60)
+        captures = []
+
+        def is_complete(pixels: np.ndarray) -> bool:
+            captures.append(pixels)  # cameras may come after the scene: nothing changes any more
+            still = len(captures) > 3 and all(np.array_equal(pixels, earlier) for earlier in captures[-4:-1])
+            return still and np.ptp(pixels[270:330, 360:440, 0]) > 60
+
+        pixels = wait_for(visit, "viewer", is_complete)
         white = (pixels.min(2) > 250).mean()
         boxes = visit.page.locator("input[type=checkbox]")  # viser's labels do not name their boxes
         for i in (-1, -2):

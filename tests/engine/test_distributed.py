@@ -86,7 +86,8 @@ def test_distributed_no_process_waits_for_a_preview(runs):
     alarms = [
         [(e["step"], e["failures"], e["error"]) for e in log if e["event"] == "alarms"] for log in (alone, together)
     ]
-    assert alarms[0] == alarms[1] and [step for step, *_ in alarms[0]] == [2, 4, 6]
+    # at the end the drawn images are checked too, and the alarms are written once more
+    assert alarms[0] == alarms[1] and [step for step, *_ in alarms[0]] == [2, 4, 6, 6]
     weighed = [[e["weighed"] for e in log if e["event"] == "alarms"] for log in (alone, together)]
     assert weighed[1] == pytest.approx(weighed[0], rel=1e-6) and len(set(weighed[0])) == 3
     assert order[-1] == ("alarms", 6)

@@ -94,7 +94,7 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
     assert before == {f"small-photos-{label}-seed0" for label in ("supervised", "plain", "ours")}
 
     rows = ["plain DDPM, equal steps", "plain DDPM, equal compute", OURS]
-    with pytest.warns(UserWarning, match="FID cannot be computed"):
+    with pytest.warns(UserWarning, match="the FID needs the weights"):
         report = small("table2.5", rows=rows + [f"{row}: FID" for row in rows])
     after = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     assert after - before == {"small-photos-plain-compute-seed0"}
@@ -109,7 +109,7 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
 
 @pytest.mark.slow
 def test_table_2_6_changes_only_the_decoding(small, tmp_path):
-    with pytest.warns(UserWarning, match="FID cannot be computed"):
+    with pytest.warns(UserWarning, match="the FID needs the weights"):
         report = small("table2.6")
     rows = {"concat": "concat", "masked_mid": "masked_mid", "unshared": "unshared", "network": "masked_skips"}
     for label, decoding in rows.items():
