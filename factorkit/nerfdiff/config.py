@@ -360,5 +360,6 @@ register_renamed_settings(
         "t_power": "timestep_power",
     },
     values={("encoder_pooling", "whole"): "flatten"},
+    added={"encoder": "unet", "encoder_depth": 4, "encoder_patch_size": 4},
     tensors={"occupancy.looks": "occupancy.num_updates"},
 )

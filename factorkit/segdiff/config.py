@@ -380,7 +380,7 @@ register_renamed_settings(
         "seeds": "seed_trials",
     },
     values={("masks", "competition"): "mixture"},
-    added={"masks": "network"},
+    added={"masks": "network", "backbone": "unet"},
     tensors={
         "mask_generator": "masks.decoder",
         "logit_norm": "masks.norm",

@@ -92,3 +92,9 @@ def test_migrate_settings_stored_files_have_only_settings_of_today(name, config,
     assert set(meta) - fields - {"model", "step", "scene"} == set()
     settings = {k: v for k, v in meta.items() if k in fields}
     assert config.from_dict(settings).to_dict().items() >= settings.items()
+
+
+@pytest.mark.parametrize(("model", "name", "value"), [("nerfdiff", "encoder", "unet"), ("segdiff", "backbone", "unet")])
+def test_migrate_settings_stored_before_transformers_have_the_unet(model, name, value):
+    assert migrate_settings({"model": model}, "config.json")[name] == value
+    assert migrate_settings({"model": model, name: "other"}, "config.json")[name] == "other"
