@@ -62,7 +62,7 @@ def train_nerfdiff(
     box: float | None = None,
     **changes: Any,
 ) -> NerfdiffRun:
-    """Find the cameras and the scene of views; the same call again resumes, exactly.
+    """Find the cameras and the scene of views; result and errors are those of :func:`factorkit.train_nerfdiff`.
 
     Args:
         data: :class:`factorkit.data.views.views.Views`, or anything that
@@ -75,16 +75,6 @@ def train_nerfdiff(
         layout, masks, loss_masks, fov: how the views are read, see :func:`factorkit.data.views.open.open_views`.
         box: see :func:`factorkit.nerfdiff.scene.open_scene`.
         **changes: any field of :class:`~factorkit.nerfdiff.config.NerfdiffConfig`.
-
-    Returns:
-        The finished run: predict_pose, reconstruct, render_path, sample, evaluate, save.
-
-    Raises:
-        ConfigError: a setting or combination that cannot work.
-        DataError: no usable views.
-        CheckpointError: the folder holds another run (other settings, images or cameras), or a checkpoint cannot be
-            written or read.
-        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
