@@ -215,6 +215,7 @@ class StageTraining:
             background=config.background,
             views=len(self.scene.images),
             appearance_dim=config.appearance_dim,
+            unbounded=config.unbounded == "yes",
         ).to(self.device)
 
     def add_occupancy(self, field: Field) -> Field:
