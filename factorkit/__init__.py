@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from factorkit.nerfdiff.splat_scene import SplatScene
     from factorkit.object_masks import train_nerfdiff
     from factorkit.rendering.render import render
+    from factorkit.segdiff.autoencoder import AutoencoderRun, train_autoencoder
     from factorkit.segdiff.choose_regions import choose_regions
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
@@ -32,6 +33,7 @@ except PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+unknown"
 
 __all__ = [
+    "AutoencoderRun",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -41,6 +43,7 @@ __all__ = [
     "choose_regions",
     "load",
     "render",
+    "train_autoencoder",
     "train_nerfdiff",
     "train_segdiff",
 ]
@@ -49,6 +52,8 @@ __all__ = [
 _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
+    "train_autoencoder": "factorkit.segdiff.autoencoder",
+    "AutoencoderRun": "factorkit.segdiff.autoencoder",
     "choose_regions": "factorkit.segdiff.choose_regions",
     "train_nerfdiff": "factorkit.object_masks",
     "NerfdiffRun": "factorkit.nerfdiff.run",
@@ -64,7 +69,7 @@ def __getattr__(name: str) -> Any:
 
 def load(
     path: str | Path, *, device: str = "auto", weights: str | float = "average"
-) -> SegdiffRun | NerfdiffRun | SplatScene:
+) -> SegdiffRun | NerfdiffRun | AutoencoderRun | SplatScene:
     """Load a trained run with its settings from its folder or from one ``.safetensors`` file, or a splat file.
 
     Args:
@@ -86,11 +91,12 @@ def load(
     from factorkit.engine.run_folder import model_name
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.splat_scene import SplatScene
+    from factorkit.segdiff.autoencoder import AutoencoderRun
     from factorkit.segdiff.run import SegdiffRun
 
     if Path(path).suffix.lower() == ".ply":
         if weights != "average":
             raise ConfigError(f"weights={weights!r}: {path} is a splat file, which has no other weights")
         return SplatScene(path, device=device)
-    kind = NerfdiffRun if model_name(Path(path)) == "nerfdiff" else SegdiffRun
-    return kind.load(path, device=device, weights=weights)
+    kinds: dict[str | None, Any] = {kind.MODEL: kind for kind in (NerfdiffRun, AutoencoderRun)}
+    return kinds.get(model_name(Path(path)), SegdiffRun).load(path, device=device, weights=weights)

@@ -318,6 +318,10 @@ class ResolvedSegdiffConfig(SegdiffConfig):
         """What height and width of an image must be divisible by."""
         return max(self.make_backbone().size_multiple, 1 + self.half_resolution_masks)
 
+    def counts(self) -> dict[str, int]:
+        """Return numbers that no model has more of than weights."""
+        return {"regions": math.prod(self.nesting), **self.make_backbone().counts()}
+
     def make_backbone(self) -> Backbone:
         """Return the sizes of the network inside."""
         return make_backbone(self.backbone, vars(self))

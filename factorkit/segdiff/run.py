@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import TrainedRun, check_plausible, read_weights, write_json
+from factorkit.engine.run_folder import TrainedRun, load_trained, select_settings, write_json
 from factorkit.metrics.frechet import compute_fid
 from factorkit.metrics.inception import find_weights
 from factorkit.segdiff.class_labels import select_labels
@@ -25,7 +23,7 @@ from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
 from factorkit.segdiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, Frame, Generation, draw_images
 from factorkit.utils import distributed
-from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.errors import ConfigError
 from factorkit.utils.files import read_log, timeline
 from factorkit.utils.images import signed_to_unit
 
@@ -69,7 +67,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             2
         """
         path = Path(path)
-        config, model, step = load_model(path, weights)
+        config, model, step = load_trained(path, cls.MODEL, weights, read_config)
         torch_device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, model, torch_device, step, path if path.is_dir() and weights == "average" else None)
 
@@ -297,28 +295,6 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
 
 
-def load_model(path: Path, weights: str | float) -> tuple[ResolvedSegdiffConfig, SegdiffModel, int]:
-    """Load settings, model and step; nothing is allocated before the settings are known to be plausible.
-
-    Raises:
-        CheckpointError: nothing there, damaged, or not a segdiff model.
-        ConfigError: unknown ``weights``.
-    """
-    tensors, meta = read_weights(path, "segdiff", weights)
-    fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
-    try:
-        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
-        check_plausible(path, tensors, regions=math.prod(config.nesting), **config.make_backbone().counts())
-        with torch.device("meta"):
-            model = config.build()
-        own = model.state_dict()
-        for name, tensor in tensors.items():  # assigned, not copied: another precision would reach the operations
-            if name in own and tensor.is_floating_point():
-                tensors[name] = tensor.to(own[name].dtype)
-        model.load_state_dict(tensors, assign=True)
-        step = int(meta["step"])
-    except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {error}") from error
-    return config, model, step
+def read_config(meta: Mapping[str, Any]) -> ResolvedSegdiffConfig:
+    """Return the configuration of stored settings."""
+    return SegdiffConfig.from_dict(select_settings(SegdiffConfig, meta)).resolved()
