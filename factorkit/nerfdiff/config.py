@@ -88,7 +88,8 @@ class NerfdiffConfig(EngineConfig):
     unbounded: Literal["auto", "yes", "no"] = "auto"
     """Whether the field covers all of space by contraction, as for photos around an object in a room, instead of a box
     around the object. "auto", the default: "yes" if cameras with known poses (given, or by structure from motion)
-    surround what they look at, and neither masks nor a background of one colour show an object."""
+    surround what they look at, neither masks nor a background of one colour show an object, and background= is
+    "given"."""
     appearance_dim: int = 0
     """Size of the appearance code of each training view, for collections with varying exposure or time of day. 0 gives
     all views the same appearance."""

@@ -260,7 +260,8 @@ def choose_unbounded(config: NerfdiffConfig, scene: Scene) -> Literal["yes", "no
         if config.unbounded == "yes" and (scene.layout == "forward" or poses is None or config.field == "gaussians"):
             raise ConfigError(f'unbounded="yes": {problem}, or give unbounded="no" (--unbounded no)')
         return config.unbounded
-    if poses is None or scene.layout == "forward" or scene.foreground is not None or config.field == "gaussians":
+    is_object = scene.foreground is not None or config.background != "given"
+    if poses is None or scene.layout == "forward" or is_object or config.field == "gaussians":
         return "no"
     inwards = (poses[:, :3, 2] * poses[:, :3, 3]).sum(1) > 0
     return "yes" if inwards.float().mean() >= MIN_INWARD_SHARE else "no"

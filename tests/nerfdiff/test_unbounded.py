@@ -48,10 +48,8 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
     assert choose(replace(views, masks=torch.ones(10, 1, 16, 16)))[0].unbounded == "no"
     found = replace(scene, poses=None, initial_poses=scene.poses)
     assert choose_unbounded(preset_config("fast", search="sfm"), found) == "yes"
-    assert (
-        choose_capture_settings(preset_config("fast", poses="known"), scene, {"scene": {}, "unbounded": "no"}).unbounded
-        == "no"
-    )
+    stored = {"scene": {}, "unbounded": "no"}
+    assert choose_capture_settings(preset_config("fast", poses="known"), scene, stored).unbounded == "no"
 
 
 @pytest.mark.parametrize(
