@@ -27,9 +27,9 @@ from factorkit.segdiff.drawn_images import (
     NUM_CHECK_STEPS,
     NUM_CHECKED,
     choose_photos,
-    log_check,
+    log_drawn_checks,
     score_drawn,
-    skip_check,
+    skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
@@ -179,19 +179,19 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
 
 
 def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
-    """Add the alarm on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
+    """Add the alarms on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
     if alarms.get("step") == run.step and any(check["name"] == DRAWN_IMAGES for check in alarms.get("checks", ())):
         return
-    check = skip_check(run.step, len(photos))
-    if check is None:
+    checks = skip_checks(run.step, len(photos))
+    if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        check = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).check()
+        checks = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).checks()
 
     def write() -> None:
-        log_check(folder, run.step, check)
+        log_drawn_checks(folder, run.step, checks)
         write_report(folder)
 
     distributed.run_on_first(write)
