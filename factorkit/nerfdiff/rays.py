@@ -126,9 +126,9 @@ def start_depth(origins: Tensor) -> Tensor:
 
 def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> Sampling:
     """Build sampling with ``samples`` steps through the scene, only in occupied cells if the field has a grid."""
-    grid = getattr(field, "occupancy", None)
     if getattr(field, "unbounded", False):
-        return UnboundedSampling(samples, grid)
+        return UnboundedSampling(samples)
+    grid = getattr(field, "occupancy", None)
     if grid is None:
         return UniformSampling((-1.0,) * 3, (1.0,) * 3, samples)
     return OccupancySampling(grid, step=(1.0 if forward_facing else 2.0) / samples)  # NDC rays cross the box at t = 1

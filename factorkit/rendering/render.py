@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from factorkit import ops
-from factorkit.rendering.cameras import Rays, contract
+from factorkit.rendering.cameras import Rays
 from factorkit.rendering.occupancy import OccupancyGrid
 
 FAR_RADII = 100.0  # distance of an origin from the box, in its radii, beyond which single precision is too coarse for t
@@ -89,11 +89,7 @@ class UniformSampling:
         if not self.num_fine_samples:
             return coarse
         with torch.no_grad():
-            sigma = density(coarse)
-            black = sigma.new_zeros(*sigma.shape, 1)
-            weights = ops.composite(sigma, black, coarse.t_start, coarse.t_end, weights=True).weights
-            assert weights is not None
-            weights = weights.to(edges.dtype)
+            weights = _weights(density(coarse), coarse).to(edges.dtype)
             # One step more, of which only the inner edges are used: the outer ones are edges of the first pass.
             fine = ops.sample_pdf(
                 coarse.t_start, coarse.t_end, weights, self.num_fine_samples + 1, seed=seed, first_ray=first_ray
@@ -107,21 +103,22 @@ FAR_FACTOR = 64.0  # of the far end of that ball, where the last step ends
 SEGMENT_ENDS = (0.125, 0.75, 1.0)  # of the steps: before the ball, within it, and beyond
 
 
+EVEN_SHARE = 0.2  # of the steps that the second pass spreads like the first, so that new surfaces are found
+
+
 @dataclass(frozen=True)
 class UnboundedSampling:
     """Steps on every ray from near its origin to far away, for a scene in all of space, centred at the origin.
 
-    They have equal lengths before the ball of radius 1.25 about the origin, others within it, and are equal in
-    disparity beyond.
+    A first pass without gradient has equal steps before the ball of radius 1.25 about the origin, others within it, and
+    steps equal in disparity beyond. The steps that are returned lie where it has weight, as a proposal (Barron et al.
+    2022, section 3). Rays are curved in contracted space, so :func:`factorkit.ops.march_rays` does not apply.
 
     Args:
-        num_samples: steps of a ray.
-        occupancy: grid over the contracted space (:func:`factorkit.rendering.contract`), whose empty cells are left
-            out; None: all steps count. Rays are curved there, so :func:`factorkit.ops.march_rays` does not apply.
+        num_samples: steps of either pass.
     """
 
     num_samples: int = 128
-    occupancy: OccupancyGrid | None = None
 
     @property
     def box(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -139,6 +136,15 @@ class UnboundedSampling:
         shift: Tensor | None = None,
     ) -> Intervals:
         """Compute intervals of rays [N, 3] with unit directions, without gradient."""
+        coarse = self.place_evenly(origins, seed, first_ray)
+        weights = _weights(density(coarse), coarse).to(coarse.t_start)
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+        weights = (1 - EVEN_SHARE) * weights + EVEN_SHARE / self.num_samples
+        edges = ops.sample_pdf(coarse.t_start, coarse.t_end, weights, self.num_samples, seed=seed, first_ray=first_ray)
+        return _dense_intervals(edges)
+
+    def place_evenly(self, origins: Tensor, seed: int | None, first_ray: int = 0) -> Intervals:
+        """Return the steps of the first pass."""
         distance = origins.norm(dim=1, keepdim=True)
         near = NEAR_SHARE * distance
         start, end = torch.maximum(distance - RADIUS, 2 * near), distance + RADIUS
@@ -147,15 +153,15 @@ class UnboundedSampling:
         before = near + (start - near) * (unit / first)
         within = start + (end - start) * ((unit - first) / (second - first))
         beyond = end / (1 - (1 - 1 / FAR_FACTOR) * ((unit - second) / (1 - second)).clamp(0, 1))
-        edges = torch.where(unit < first, before, torch.where(unit < second, within, beyond))
-        steps = _dense_intervals(edges)
-        if self.occupancy is None:
-            return steps
-        positions = _midpoints(origins, directions, steps)[0]
-        occupied = self.occupancy.occupied(contract(positions)).reshape(steps.t_start.shape)
-        offsets = torch.cat([occupied.new_zeros(1, dtype=torch.int64), occupied.sum(1).cumsum(0)])
-        ray = occupied.nonzero()[:, 0]
-        return Intervals(steps.t_start[occupied], steps.t_end[occupied], offsets, ray, offsets[-1])
+        return _dense_intervals(torch.where(unit < first, before, torch.where(unit < second, within, beyond)))
+
+
+def _weights(sigma: Tensor, steps: Intervals) -> Tensor:
+    """Return the weight of each dense step in the rendering of densities [N, S]."""
+    black = sigma.new_zeros(*sigma.shape, 1)
+    weights = ops.composite(sigma, black, steps.t_start, steps.t_end, weights=True).weights
+    assert weights is not None
+    return weights
 
 
 def _unit_edges(near: Tensor, count: int, seed: int | None, first_ray: int) -> Tensor:

@@ -34,7 +34,7 @@ RUNS = {
     "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
-    "room": ({"poses": "known", "unbounded": "yes", "occupancy": True}, ["fit"]),
+    "room": ({"poses": "known", "unbounded": "yes"}, ["fit"]),
 }
 TINY = {
     "preset": "demo",

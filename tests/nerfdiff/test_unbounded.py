@@ -10,7 +10,7 @@ import torch
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.fields.base import build_occupancy_grid, update_occupancy, viewer_sampling
+from factorkit.nerfdiff.fields.base import viewer_sampling
 from factorkit.nerfdiff.fields.kinds import build_field
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import choose_unbounded, open_scene
@@ -86,7 +86,7 @@ def test_train_room_renders_exports_and_resumes_as_unbounded(tmp_path, tiny):
     views, out = room(), tmp_path / "room"
     settings = tiny | {"resolution": 16, "poses": "known", "field": "hashgrid", "field_steps": 12}
     run = train_nerfdiff(views, out=out, **settings)
-    assert run.config.unbounded == "yes" and run.model.field.unbounded and run.model.field.occupancy is not None
+    assert run.config.unbounded == "yes" and run.model.field.unbounded and run.model.field.occupancy is None
     again = NerfdiffRun.load(out)
     assert torch.equal(again.render_path("orbit", frames=2).images, run.render_path("orbit", frames=2).images)
     far = torch.tensor([[5.0, 0.0, 0.0]])
@@ -109,14 +109,3 @@ def test_viewer_sampling_unbounded_field_sees_what_is_outside_the_box():
     assert render(field, rays, viewer_sampling(field, *corners)).opacity > 0.9
     field.unbounded = False
     assert render(field, rays, viewer_sampling(field, *corners)).depth < 3
-
-
-def test_update_occupancy_unbounded_field_is_of_contracted_space():
-    field = build_field("grid", 8, 0, unbounded=True)
-    with torch.no_grad():
-        field.values.fill_(-9.0)
-        field.values[:, :, 7, 0] = 9.0
-    field.occupancy = build_occupancy_grid(8)
-    for _ in range(2):
-        update_occupancy(field, 10)
-    assert field.occupancy.occupied(torch.tensor([[0.95, 0.0, 0.0], [0.4, 0.0, 0.0]])).tolist() == [True, False]

@@ -124,7 +124,7 @@ class Field(nn.Module):
         coarseness: in [0, 1]; 1 blurs the field to its large shapes, for coarse-to-fine training.
         background: maps directions [..., 3] to colours, or None to use the background of the views.
         appearance: per-view colour transforms, or None if all training views look alike.
-        occupancy: grid of non-empty space, or None to sample everywhere; of the contracted space if unbounded.
+        occupancy: grid of non-empty space, or None to sample everywhere.
         unbounded: whether positions anywhere are contracted to the box; see :func:`factorkit.rendering.contract`.
     """
 
@@ -159,13 +159,12 @@ class Field(nn.Module):
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return density [M] per unit of length, 0 outside the box unless unbounded, and colour [M, 3] in [0, 1]."""
         if self.unbounded:
-            density, color = self.evaluate_box(contract(positions), directions)
+            density, color = self._evaluate(contract(positions), directions)
             # Cells grow by the squared distance along the rays, and should not become opaque by that alone.
             return density / positions.abs().amax(-1).clamp_min(1).square(), color
-        return self.evaluate_box(positions, directions)
+        return self._evaluate(positions, directions)
 
-    def evaluate_box(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return density [M] and colour [M, 3] at positions of the box, of an unbounded field in contracted space."""
+    def _evaluate(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         raw = self.raw(positions, directions)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         inside = (positions.detach().abs().amax(-1) <= 1).to(raw.dtype)
@@ -207,7 +206,7 @@ def linear_layers(sizes: list[int], generator: torch.Generator, activation_after
 
 
 OCCUPANCY_CELLS = 64  # along each side of the grid of a field that is not trained any more
-VIEWER_SAMPLES = 256  # along a ray of an unbounded scene
+VIEWER_SAMPLES = 128  # along a ray of an unbounded scene
 OCCUPANCY_UPDATES = 4  # evaluations of each of its cells
 MAX_POSITIONS = 1 << 18  # evaluated at once
 OCCUPANCY_UPDATE_EVERY = 10  # training steps
@@ -230,7 +229,7 @@ def update_occupancy(field: Field, step: int) -> None:
     A blurred field is skipped: what it shows may move while it sharpens.
     """
     if field.occupancy is not None and step and step % OCCUPANCY_UPDATE_EVERY == 0 and not field.coarseness:
-        field.occupancy.update(lambda positions: density(field.evaluate_box, positions))
+        field.occupancy.update(lambda positions: density(field, positions))
 
 
 @torch.no_grad()
@@ -239,29 +238,20 @@ def occupied_sampling(field: RenderedField, lower: Sequence[float], upper: Seque
 
     Uses the field's own grid for the whole box, else a new grid of 64^3 cells.
     """
-    grid = None if getattr(field, "unbounded", False) else getattr(field, "occupancy", None)
+    grid = getattr(field, "occupancy", None)
     if grid is not None and (*lower, *upper) == (-1.0,) * 3 + (1.0,) * 3:
         return OccupancySampling(grid, step=1 / OCCUPANCY_CELLS)
-    grid = _find_occupied(field, lower, upper, field_device(field))
+    grid = OccupancyGrid(lower, upper, resolution=OCCUPANCY_CELLS).to(field_device(field))
+    for _ in range(OCCUPANCY_UPDATES):
+        grid.update(lambda positions: density(field, positions))
     return OccupancySampling(grid, step=grid.cell_side / 2)
 
 
-@torch.no_grad()
 def viewer_sampling(field: RenderedField, lower: Sequence[float], upper: Sequence[float]) -> Sampling:
-    """Build sampling of the occupied cells of the whole scene, which of a bounded field is the box."""
-    if not isinstance(field, Field) or not field.unbounded:
-        return occupied_sampling(field, lower, upper)
-    grid = field.occupancy or _find_occupied(field.evaluate_box, (-1.0,) * 3, (1.0,) * 3, field_device(field))
-    return UnboundedSampling(VIEWER_SAMPLES, grid)
-
-
-def _find_occupied(
-    field: RenderedField, lower: Sequence[float], upper: Sequence[float], device: torch.device
-) -> OccupancyGrid:
-    grid = OccupancyGrid(lower, upper, resolution=OCCUPANCY_CELLS).to(device)
-    for _ in range(OCCUPANCY_UPDATES):
-        grid.update(lambda positions: density(field, positions))
-    return grid
+    """Build sampling of the occupied cells between two corners, or of the whole scene if the field is unbounded."""
+    if getattr(field, "unbounded", False):
+        return UnboundedSampling(VIEWER_SAMPLES)
+    return occupied_sampling(field, lower, upper)
 
 
 def density(field: RenderedField, positions: Tensor) -> Tensor:
