@@ -209,7 +209,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         and log have the alarms on them.
 
         Args:
-            images: photos, as for :meth:`segment`; best those of the training. A half at most stands in for drawn
+            images: photos, as for :meth:`segment`; best those of the training. A half at most replaces drawn
                 images.
             n: images to draw, at most half as many as there are photos.
             sampler, steps, seed: as for :meth:`generate`.
