@@ -2,8 +2,8 @@
 
 All masks are arrays or tensors [N, H, W]; `foreground` and `valid` are boolean, and invalid pixels are not counted. A
 score is computed per image and then averaged over images, as in ReDO (Chen et al. 2019) and IEM (Savarese et al. 2021).
-Scores against classes count pixels over the whole set instead, as in semantic segmentation (thesis, tables 2.3, 2.4). In
-a hierarchy the labels of the deepest level hold all levels: with splits (3, 3), label 3 i + j is part j of region i.
+Scores against classes count pixels over the whole set instead, as in semantic segmentation (thesis, tables 2.3, 2.4).
+In a hierarchy the labels of the deepest level hold all levels: with splits (3, 3), label 3 i + j is part j of region i.
 """
 
 from __future__ import annotations

@@ -29,8 +29,12 @@ from factorkit.utils.files import read_log
 from factorkit.utils.rng import derived_seed
 
 DRAWN_IMAGES, GRAIN = "drawn images", "grain of drawn images"  # names of the checks
-MAX_GRAIN = 0.045  # of pixels in [0, 1]: photos below .02, a run of 1500 steps .01, of 200 .09; limit set by 19 runs
-MAX_GRAIN_RATIO = 0.6  # to the photos' own detail, which in 32 photos by chance is that much above all others'
+MAX_GRAIN = (
+    0.045  # of pixels in [0, 1]: photos below .01, after 200 steps .09; between .039 of images and .051 of noise
+)
+CHANCE_ERRORS = (
+    3  # standard errors of the energy of fine detail, as many photos as drawn images, below which it is chance
+)
 GRAY = 1e-3  # largest colour difference of photos without colour
 MAX_NOISE_SHARE = 0.5  # success .2-.35, untrained 3-7, a colour or the mean image 3-9, smooth blobs 1.1-2
 NUM_CHECKED = 32  # images drawn at the end of a training
@@ -51,7 +55,7 @@ class DrawnScores:
         precision, recall: of the drawn images against the other photos.
         photos_precision, photos_recall: of reference photos, as many, in the place of the drawn images.
         grain: deviation of the white noise by which the drawn images have more fine detail than the photos.
-        photos_detail: deviation of white noise with as much fine detail as the photos.
+        grain_by_chance: that which as many photos have by chance, since photos differ in their fine detail.
     """
 
     images: int
@@ -63,7 +67,7 @@ class DrawnScores:
     photos_precision: float
     photos_recall: float
     grain: float
-    photos_detail: float
+    grain_by_chance: float
 
     @property
     def noise_share(self) -> float:
@@ -76,7 +80,7 @@ class DrawnScores:
             f"drawn images are noise: their distance to the photos is {self.frechet:.3f}, beyond the middle between "
             f"{self.frechet_photos:.3f} of other photos and {self.frechet_noise:.3f} of shuffled pixels"
         )
-        max_grain = max(MAX_GRAIN, MAX_GRAIN_RATIO * self.photos_detail)
+        max_grain = max(MAX_GRAIN, self.grain_by_chance)
         grain = (
             f"{GRAIN}: they have the fine detail of photos under white noise of deviation {self.grain:.3f} (pixels in "
             f"[0, 1]; at most {max_grain:.3f}); train for more steps"
@@ -120,7 +124,7 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
     photos, own, other, shuffled = map(random_features, (reference, drawn, others, noise))
     precision, recall = precision_recall(other, own)
     photos_precision, photos_recall = precision_recall(other, photos[: len(own)])
-    grain, photos_detail = measure_grain(drawn, torch.cat([reference, others]))
+    grain, grain_by_chance = measure_grain(drawn, torch.cat([reference, others]))
     return DrawnScores(
         images=len(drawn),
         frechet=frechet_distance(own, photos),
@@ -131,21 +135,22 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
         photos_precision=photos_precision,
         photos_recall=photos_recall,
         grain=grain,
-        photos_detail=photos_detail,
+        grain_by_chance=grain_by_chance,
     )
 
 
 def measure_grain(drawn: Tensor, photos: Tensor) -> tuple[float, float]:
-    """Return the grain of ``drawn`` and the fine detail of ``photos``, both [n, 3, R, R] in [0, 1], R at least 4.
+    """Return the grain of ``drawn``, and that of as many photos by chance; both [n, 3, R, R] in [0, 1], R at least 4.
 
-    Both are deviations of white noise. The energy of photos without colour is that of their brightness.
+    Both are deviations of white noise. Fine detail of photos without colour is that of their brightness.
     """
     colored = bool(_color_differences(photos).abs().max() > GRAY)
-    energy, detail = (
-        _fine_energy(_color_differences(images) if colored else images.mean(1, keepdim=True))
+    energies, usual = (
+        _fine_energies(_color_differences(images) if colored else images.mean(1, keepdim=True))
         for images in (drawn, photos)
     )
-    return max(0.0, energy - detail) ** 0.5, detail**0.5
+    error = float(usual.std()) * (1 / len(drawn) + 1 / len(photos)) ** 0.5
+    return max(0.0, float(energies.mean() - usual.mean())) ** 0.5, (CHANCE_ERRORS * error) ** 0.5
 
 
 def _color_differences(images: Tensor) -> Tensor:
@@ -154,15 +159,15 @@ def _color_differences(images: Tensor) -> Tensor:
     return torch.stack([(r - g) / 2**0.5, (r + g - 2 * b) / 6**0.5], dim=1)
 
 
-def _fine_energy(images: Tensor) -> float:
-    """Return the mean square of the two finest diagonal Haar bands; for white noise its variance."""
+def _fine_energies(images: Tensor) -> Tensor:
+    """Return the mean square of the two finest diagonal Haar bands of each image; for white noise its variance."""
     energies = []
     for _ in range(2):
         images = images[..., : images.shape[-2] // 2 * 2, : images.shape[-1] // 2 * 2]
         a, b, c, d = (images[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
-        energies.append(float(((a - b - c + d) / 2).square().double().mean()))
+        energies.append(((a - b - c + d) / 2).square().double().mean((1, 2, 3)))
         images = (a + b + c + d) / 2
-    return sum(energies) / 2
+    return torch.stack(energies).mean(0)
 
 
 def log_drawn_checks(folder: Path, step: int, added: Sequence[Check]) -> None:

@@ -24,6 +24,7 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
+    GRAIN,
     NUM_CHECK_STEPS,
     NUM_CHECKED,
     choose_photos,
@@ -182,7 +183,8 @@ def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
     """Add the alarms on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
-    if alarms.get("step") == run.step and any(check["name"] == DRAWN_IMAGES for check in alarms.get("checks", ())):
+    logged = {check["name"]: check["status"] for check in alarms.get("checks", ())}
+    if alarms.get("step") == run.step and (GRAIN in logged or logged.get(DRAWN_IMAGES) == "not run"):
         return
     checks = skip_checks(run.step, len(photos))
     if not checks:

@@ -14,6 +14,7 @@ from factorkit.report.content import Check, judged_alarms
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
     GRAIN,
+    MAX_GRAIN,
     NUM_CHECKED,
     choose_photos,
     log_drawn_checks,
@@ -21,6 +22,7 @@ from factorkit.segdiff.drawn_images import (
     score_drawn,
     skip_checks,
 )
+from factorkit.segdiff.train import judge_drawn_images
 from factorkit.segdiff.verdict import judge_regions
 from factorkit.utils.errors import DataError
 from factorkit.utils.files import read_log
@@ -95,6 +97,14 @@ def test_measure_grain_noise_is_its_deviation_and_content_is_none(side, kind):
     assert side % 2 or flipped[1] == pytest.approx(flipped[0], rel=1e-3)
 
 
+def test_measure_grain_photos_of_mixed_detail_are_within_chance():
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.rand(160, 3, 16, 16, generator=generator) * torch.rand(160, 1, 1, 1, generator=generator).square()
+    parts = [photos[torch.randperm(160, generator=generator)] for _ in range(20)]
+    grains = [measure_grain(part[:N], part[N:]) for part in parts]
+    assert all(grain < chance for grain, chance in grains) and max(grain for grain, _ in grains) > MAX_GRAIN
+
+
 def test_choose_photos_are_apart_and_as_many_as_there_are():
     for count in (32, 50, 3000):
         reference, others = choose_photos(count, N)
@@ -128,7 +138,8 @@ SCORES = {"iou": 0.9, "scored": 9, "baselines": {"mean_mask": {"iou": 0.5}}}
 
 def test_verdict_noise_is_never_green(tmp_path):
     assert judge(tmp_path / "a", RIGHT, **SCORES).status == "good"
-    assert judge(tmp_path / "b", **SCORES).status == "good"  # a run stored before there was the check
+    unfinished = judge(tmp_path / "b", **SCORES)  # or a run stored before there was the check
+    assert unfinished.status == "mixed" and "--generation" in unfinished.details[-1]
     noise = judge(tmp_path / "c", NOISE, **SCORES)
     assert noise.status == "mixed" and any("drawn images are noise" in line for line in noise.details)
     assert judge(tmp_path / "d", NOISE).status == "bad"
@@ -147,6 +158,19 @@ def test_log_drawn_checks_replaces_its_own_and_keeps_the_others(tmp_path):
     assert failures == [] and alarms["eta_gap"] == 0.4
     log_drawn_checks(tmp_path / "plain", 500, [NOISE])  # a plain DDPM has no alarms before
     assert judged_alarms(read_log(tmp_path / "plain"))[1] == list(NOISE.failures)
+
+
+def test_judge_drawn_images_of_a_run_without_the_grain_measures_once(make_random_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
+    run = make_random_run()
+    run.folder, run.step = tmp_path, 400
+    judge(tmp_path, RIGHT)  # as runs were stored before grain was measured
+    for _ in range(2):
+        judge_drawn_images(run, draw_flowers(40, 16, seed=0)[0])
+        monkeypatch.setattr(run, "generate", None)
+    alarms, failures = judged_alarms(read_log(tmp_path))
+    assert [check["name"] for check in alarms["checks"]] == ["eta gap", DRAWN_IMAGES, GRAIN]
+    assert len(failures) == 2 and failures[1].startswith(GRAIN)
 
 
 def test_evaluate_generation_scores_images_and_masks(make_random_run, monkeypatch, tmp_path):
