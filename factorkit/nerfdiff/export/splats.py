@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.export.points import to_y_up
+from factorkit.nerfdiff.export.shapes import to_y_up
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.ops.spherical_harmonics import MAX_DEGREE, harmonic_basis
 from factorkit.utils.errors import DataError, format_count

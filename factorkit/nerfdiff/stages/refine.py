@@ -13,7 +13,7 @@ from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.cameras.poses import dolly_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
-from factorkit.nerfdiff.previews.files import save_cameras
+from factorkit.nerfdiff.previews.views import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, gather_pixels, gaussian_blur, mean_squared_error
 from factorkit.rendering import Rendered
@@ -90,7 +90,7 @@ def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered:
     Fog in the colour of the background is invisible in the training views, but not in others.
     """
     variation = config.tv_weight * field.total_variation()
-    if scene.layout != "object":
+    if scene.layout != "object" or field.unbounded:
         return variation
     return variation + config.opacity_weight * rendered.opacity.mean(1)
 
