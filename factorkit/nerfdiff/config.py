@@ -183,11 +183,6 @@ class NerfdiffConfig(EngineConfig):
             )
         if self.timesteps > MAX_TIMESTEPS:
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
-        if self.field == "gaussians" and self.search == "joint" and self.poses == "predicted":
-            raise ConfigError(
-                'search="joint" trains the field by single rays, which field="gaussians" does not have; use '
-                'search="dictionary", or field="grid"'
-            )
         lowest, highest = self.elevation_range
         if not -89 <= lowest < highest <= 89:
             raise ConfigError(

@@ -98,6 +98,11 @@ class CameraModel:
         origins = ndc.origins + skipped * ndc.directions
         return Rays(origins * scale, ndc.directions * scale)
 
+    @property
+    def box_scale(self) -> Tensor | None:
+        """The coordinates [2] in the box of a forward-facing scene at a slope of 1 to the viewing axis, or None."""
+        return 2 / NDC_MARGIN * self.intrinsics.detach().diagonal()[:2] if self.forward_facing else None
+
     def from_ndc(self, positions: Tensor) -> Tensor:
         """Return world coordinates [..., 3] of positions in the field's box; its far wall is at infinity."""
         if not self.forward_facing:

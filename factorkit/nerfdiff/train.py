@@ -319,11 +319,6 @@ def _prepare(
     if config.field == "gaussians":
         needed, what = config.num_gaussians * TRAINING_BYTES, f"num_gaussians={config.num_gaussians}: they"
         require_memory(needed, device, what, "train fewer")
-    if scene.layout == "forward" and config.field == "gaussians":
-        raise ConfigError(
-            'field="gaussians" needs views around an object; these are forward-facing, whose scene is warped. Use '
-            'field="grid", or layout="object" if the cameras surround the scene'
-        )
     if scene.layout == "forward" and config.pose_parameters:
         raise ConfigError(
             f"optimize_camera={config.optimize_camera}: forward-facing cameras are optimised in all six degrees of "

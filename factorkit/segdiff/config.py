@@ -222,6 +222,8 @@ class SegdiffConfig(EngineConfig):
         settings |= {name: value for name, value in defaults.items() if settings[name] is None}
         if len(self.nesting) == 1:
             settings["regions"] = self.nesting[0]  # (3,) and 3 are one setting
+        if masks != "auto":
+            settings["cue_weight"] = None  # as in stored runs: nothing else reads it
         config = ResolvedSegdiffConfig(**settings)
         config.validate()
         return config
@@ -418,6 +420,7 @@ register_renamed_settings(
     },
     values={("masks", "competition"): "mixture"},
     added={"masks": "network", "backbone": "unet", "latent_channels": 0, "latent_factor": 1},
+    unread={"cue_weight": ("masks", "auto")},
     tensors={
         "mask_generator": "masks.decoder",
         "logit_norm": "masks.norm",

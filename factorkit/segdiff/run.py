@@ -15,7 +15,7 @@ from factorkit.metrics.frechet import compute_fid
 from factorkit.metrics.inception import find_weights
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
-from factorkit.segdiff.drawn_images import choose_photos, log_check, score_drawn, skip_check
+from factorkit.segdiff.drawn_images import choose_photos, log_drawn_checks, score_drawn, skip_checks
 from factorkit.segdiff.editing.editor import Editor
 from factorkit.segdiff.evaluate import score_labelled_images, share_images
 from factorkit.segdiff.hierarchy import SegdiffModel
@@ -216,10 +216,10 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
 
         Distances are Fréchet distances in fixed random features, so they compare equal numbers of images of one data
         set alone (:mod:`factorkit.metrics.frechet`). A run folder keeps the scores in ``generation.json``; its verdict
-        and log have the alarm ``drawn images``.
+        and log have the alarms on them.
 
         Args:
-            images: photos, as for :meth:`segment`; best those of the training. A half at most stands in for drawn
+            images: photos, as for :meth:`segment`; best those of the training. A half at most replaces drawn
                 images.
             n: images to draw, at most half as many as there are photos.
             sampler, steps, seed: as for :meth:`generate`.
@@ -228,7 +228,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             The figures of :class:`~factorkit.segdiff.drawn_images.DrawnScores` and ``noise_share``; for a run with
             regions ``mask_agreement``, the share of pixels to which segmenting a drawn image gives the region that it
             was drawn with, and ``mask_agreement_by_chance``, that of another image's regions; ``fid`` where Inception's
-            weights are (:mod:`factorkit.metrics.inception`); ``training_seconds`` of a run folder.
+            weights are (:mod:`factorkit.metrics.inception`); ``training_seconds`` of a run folder, with its stages.
 
         Raises:
             ConfigError: an unknown sampler, or steps out of range.
@@ -248,12 +248,14 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         if find_weights() is not None:
             scores["fid"] = compute_fid(photos[others], drawn.images, self.device)
         if (folder := self.folder) is not None:
-            scores["training_seconds"] = sum(e.get("seconds") or 0 for e in timeline(read_log(folder), "step"))
-            check = skip_check(self.step, len(photos)) or drawn_scores.check()
+            folders = [folder, *sorted(folder.glob("stages/*"))]
+            events = [event for each in folders for event in timeline(read_log(each), "step")]
+            scores["training_seconds"] = sum(event.get("seconds") or 0 for event in events)
+            checks = skip_checks(self.step, len(photos)) or drawn_scores.checks()
 
             def write() -> None:
                 write_json(folder / "generation.json", scores)
-                log_check(folder, self.step, check)
+                log_drawn_checks(folder, self.step, checks)
 
             distributed.run_on_first(write)
         return scores

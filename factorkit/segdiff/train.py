@@ -27,12 +27,13 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
+    GRAIN,
     NUM_CHECK_STEPS,
     NUM_CHECKED,
     choose_photos,
-    log_check,
+    log_drawn_checks,
     score_drawn,
-    skip_check,
+    skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.latents import (
@@ -234,19 +235,20 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
 
 
 def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
-    """Add the alarm on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
+    """Add the alarms on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
-    if alarms.get("step") == run.step and any(check["name"] == DRAWN_IMAGES for check in alarms.get("checks", ())):
+    logged = {check["name"]: check["status"] for check in alarms.get("checks", ())}
+    if alarms.get("step") == run.step and (GRAIN in logged or logged.get(DRAWN_IMAGES) == "not run"):
         return
-    check = skip_check(run.step, len(photos))
-    if check is None:
+    checks = skip_checks(run.step, len(photos))
+    if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        check = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).check()
+        checks = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).checks()
 
     def write() -> None:
-        log_check(folder, run.step, check)
+        log_drawn_checks(folder, run.step, checks)
         write_report(folder)
 
     distributed.run_on_first(write)

@@ -171,7 +171,9 @@ class ImageField(Field):
     side: int = 0
 
     def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
-        """Draw one image without background: colour [H, W, 3], depth (along the rays) and opacity [H, W].
+        """Draw one image without background: colour [H, W, 3], depth and opacity [H, W].
+
+        The depth is along the rays, in a forward-facing scene along the viewing axis.
 
         Args:
             pose: camera-to-world, [4, 4]; gets gradients, as do the intrinsics.

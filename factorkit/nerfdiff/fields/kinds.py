@@ -307,6 +307,8 @@ def restore_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) ->
     )
     if "occupancy.density" in weights:
         field.occupancy = build_occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
+    if "box_scale" in weights:
+        field.box_scale = weights["box_scale"].clone()
     field.load_state_dict(weights)
     if isinstance(field, ImageField):
         field.side = max(settings["scene"]["size"])
