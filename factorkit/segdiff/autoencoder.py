@@ -1,4 +1,4 @@
-"""``factorkit.train_autoencoder``: an autoencoder of photos: small latents, and back."""
+"""``factorkit.train_autoencoder``: an autoencoder of photos, in whose latents segdiff can denoise."""
 
 from __future__ import annotations
 
@@ -113,6 +113,11 @@ class AutoencoderConfig(EngineConfig):
             raise ConfigError(
                 f"resolution={self.resolution} must be divisible by downsample={self.downsample} and at least twice as "
                 f"much; use resolution={nearest}"
+            )
+        if self.crop_size is not None and (self.crop_size % self.downsample or self.crop_size < 2 * self.downsample):
+            raise ConfigError(
+                f"crop_size={self.crop_size} must be divisible by downsample={self.downsample} and at least twice as "
+                "much, or None for whole images"
             )
         if self.model_channels % self.norm_groups:
             raise ConfigError(

@@ -104,14 +104,16 @@ class Recomposer(Denoiser):
         original: Tensor,
         source: Tensor,
         t_free: int,
+        clip: bool = True,
     ):
         super().__init__()
+        self.clip = clip
         self.model, self.prediction, self.schedule = model, prediction, schedule
         self.region, self.weights, self.original, self.source, self.t_free = region, weights, original, source, t_free
 
     def clamp(self, x0: Tensor) -> Tensor:
         """Return estimates of pixels within [-1, 1], latents as they are."""
-        return x0.clamp(-1, 1) if self.model.space.clip else x0
+        return x0.clamp(-1, 1) if self.clip else x0
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
         """Estimate the edited clean image at times t [B], all equal."""
@@ -191,6 +193,7 @@ def recompose_images(
             original=x,
             source=x_source,
             t_free=t_free,
+            clip=space.clip,
         )
         clean = shares.kept * x + (shares.region * x_source if t_free < num_levels else 0)
         last = torch.full((len(original),), num_levels - 1, dtype=torch.int64, device=schedule.device)
