@@ -126,10 +126,10 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
 def _uneven_pace(count: int, seed: int) -> Tensor:
     """Return the relative pace [count] of a turntable that is slow, fast, slow and fast, and stops while it is slow."""
     pace = torch.ones(count)
-    first, quarter = seed * 7 % count, count // 4
+    first, quarter = seed * 7 % count, count // 4  # the first view of a slow part, and the views of a part
     for start in (first, first + 2 * quarter):
         pace[torch.arange(start + quarter, start + 2 * quarter) % count] = 3.0
-        pace[torch.arange(start + quarter // 3, start + quarter // 3 + 5) % count] = 0.0
+        pace[torch.arange(start + quarter // 3, start + quarter // 3 + count // 12) % count] = 0.0
     return pace
 
 
