@@ -206,6 +206,8 @@ class SegdiffConfig(EngineConfig):
         settings |= {name: value for name, value in defaults.items() if settings[name] is None}
         if len(self.nesting) == 1:
             settings["regions"] = self.nesting[0]  # (3,) and 3 are one setting
+        if masks != "auto":
+            settings["cue_weight"] = None  # as in stored runs: nothing else reads it
         config = ResolvedSegdiffConfig(**settings)
         config.validate()
         return config
@@ -318,6 +320,10 @@ class ResolvedSegdiffConfig(SegdiffConfig):
         """What height and width of an image must be divisible by."""
         return max(self.make_backbone().size_multiple, 1 + self.half_resolution_masks)
 
+    def counts(self) -> dict[str, int]:
+        """Return numbers that no model has more of than weights."""
+        return {"regions": math.prod(self.nesting), **self.make_backbone().counts()}
+
     def make_backbone(self) -> Backbone:
         """Return the sizes of the network inside."""
         return make_backbone(self.backbone, vars(self))
@@ -381,6 +387,7 @@ register_renamed_settings(
     },
     values={("masks", "competition"): "mixture"},
     added={"masks": "network", "backbone": "unet"},
+    unread={"cue_weight": ("masks", "auto")},
     tensors={
         "mask_generator": "masks.decoder",
         "logit_norm": "masks.norm",

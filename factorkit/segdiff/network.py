@@ -83,7 +83,7 @@ class FactorizedDenoiser(Denoiser):
         checkpoint_branches: in training, run the branches one after another and again in the backward pass. The memory
             of their activations is then that of one branch, for any K.
         masks: what proposes them: the ``"network"`` itself, a spatial ``"mixture"`` model, or ``"auto"``, a network of
-            its own that stages before the training have taught what objects are.
+            its own that stages before the training have trained to find objects.
         classes: number of classes the model is conditioned on; 0 is none.
 
     Raises:

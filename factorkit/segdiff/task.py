@@ -35,13 +35,46 @@ NUM_PREVIEW_IMAGES = 8
 PREVIEW_SAMPLER, NUM_PREVIEW_STEPS = "ddim", 25  # of the generated images
 
 
-class SegdiffTask:
-    """Train by denoising alone: add noise, predict v or eps, weigh the squared error.
+class ImageTask:
+    """What tasks that train on images share.
 
     Args:
+        model: to train.
         images: uint8 [N, R, R, 3], usually a memory map.
         probes: uint8 [M, R, R, 3], M >= 2, images for previews and alarms, held-out ones if there are any.
         device: where to train; the images are kept there too if it is a GPU with enough memory.
+    """
+
+    def __init__(self, model: nn.Module, images: np.ndarray, probes: np.ndarray, device: torch.device):
+        self.model, self.device, self.size = model, device, len(images)
+        self.images = move_if_it_fits(images, device)
+        self.capturable = isinstance(self.images, Tensor)
+        self.probes = pixels_to_signed(torch.from_numpy(np.array(probes[:NUM_PROBES])))
+
+    def _draw_images(self, indices: Tensor, draw: BatchDraw, random_flip: bool) -> Tensor:
+        """Return the images [B, 3, R, R], half of them mirrored if ``random_flip``."""
+        images, flip = pixels_to_signed(self._gather(indices)), draw.uniform() < 0.5
+        return torch.where(flip[:, None, None, None], images.flip(3), images) if random_flip else images
+
+    def _gather(self, indices: Tensor) -> Tensor:
+        if isinstance(self.images, Tensor):
+            return self.images[indices.to(self.images.device)].to(self.device)
+        # Read a memory map in order.
+        order = np.argsort(indices.numpy(), kind="stable")
+        rows = self.images[indices.numpy()[order]][np.argsort(order, kind="stable")]
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def choose_probes(self, count: int) -> Tensor:
+        """Return ``count`` of the probes, evenly spaced, so that a folder sorted by class shows all classes."""
+        chosen = torch.linspace(0, len(self.probes) - 1, min(count, len(self.probes))).round().long()
+        return self.probes[chosen].to(self.device)
+
+
+class SegdiffTask(ImageTask):
+    """Train by denoising alone: add noise, predict v or eps, weigh the squared error.
+
+    Args:
+        images, probes, device: as of :class:`ImageTask`.
         labels: int64 [N], -1 where an image has none, for a configuration with classes.
     """
 
@@ -54,13 +87,9 @@ class SegdiffTask:
         labels: np.ndarray | None = None,
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
-        self.config, self.device, self.size = config, device, len(images)
-        self.model: nn.Module = config.build()
-        self.schedule = config.build_schedule(device)
+        super().__init__(config.build(), images, probes, device)
+        self.config, self.schedule = config, config.build_schedule(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
-        self.images = move_if_it_fits(images, device)
-        self.capturable = isinstance(self.images, Tensor)
-        self.probes = pixels_to_signed(torch.from_numpy(np.array(probes[:NUM_PROBES])))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return two groups: the mask proposer learns at a rate of its own.
@@ -99,10 +128,7 @@ class SegdiffTask:
 
     def _draw_batch(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, Tensor, Tensor]:
         """Return the images [B, 3, R, R], their noise, and time steps [B]."""
-        config, x0 = self.config, pixels_to_signed(self._gather(indices))
-        flip = draw.uniform() < 0.5
-        if config.random_flip:
-            x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+        config, x0 = self.config, self._draw_images(indices, draw, self.config.random_flip)
         t = draw.integers(0, config.t_max)
         if config.high_noise_fraction:
             high = draw.uniform() < config.high_noise_fraction
@@ -114,14 +140,6 @@ class SegdiffTask:
         if self.labels is None:
             return ()
         return (torch.where(draw.uniform() < self.config.label_dropout, -1, self.labels[indices.to(self.device)]),)
-
-    def _gather(self, indices: Tensor) -> Tensor:
-        if isinstance(self.images, Tensor):
-            return self.images[indices.to(self.images.device)].to(self.device)
-        # Read a memory map in order.
-        order = np.argsort(indices.numpy(), kind="stable")
-        rows = self.images[indices.numpy()[order]][np.argsort(order, kind="stable")]
-        return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _watch(self, masks: Tensor) -> dict[str, Tensor]:
         if self.config.num_leaf_regions == 1:
@@ -149,9 +167,7 @@ class SegdiffTask:
             signed_to_pixels(generated.images), generated.bottleneck.masks.float().cpu().numpy()
         )
         save_image(grid, folder / f"{step:06d}_generated.png")
-        # Evenly spaced, so that a folder sorted by class shows all classes.
-        chosen = torch.linspace(0, len(self.probes) - 1, min(count, len(self.probes))).round().long()
-        images = self.probes[chosen].to(self.device)
+        images = self.choose_probes(count)
         x_t, t = add_noise(images, config.segment_t, self.schedule)
         regions = model(x_t, t).bottleneck
         branches = None

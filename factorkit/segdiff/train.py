@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import sys
 import warnings
@@ -15,8 +14,7 @@ import numpy as np
 from torch import nn
 
 from factorkit.data.classes import Classes, read_classes
-from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
-from factorkit.data.prepare import PreparedImages, prepare
+from factorkit.data.datasets import Dataset
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import CONFIG, RunLog, claimed, copy_folder, read_object, read_settings, write_json
@@ -26,18 +24,20 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
+    GRAIN,
     NUM_CHECK_STEPS,
     NUM_CHECKED,
     choose_photos,
-    log_check,
+    log_drawn_checks,
     score_drawn,
-    skip_check,
+    skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
 from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
+from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.training_images import DATA_NAME, describe_data, load_data
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
@@ -49,8 +49,6 @@ from factorkit.utils.images import pixels_to_images
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
-
-DATA_NAME = "data.name"  # of a run's settings: the data's folder or file, which may move between resumes
 
 
 def train_segdiff(
@@ -118,7 +116,9 @@ def train_segdiff(
     if progress and note:
         distributed.run_on_first(lambda: print(note, file=sys.stderr))
     with distributed.first_on_machine():
-        dataset, prepared, probes = load_data(data, config, progress)
+        dataset, prepared, probes = load_data(
+            data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
+        )
     image_classes = find_classes(classes, dataset, prepared.names)
     labels = None
     if image_classes is not None:
@@ -180,40 +180,23 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
 
 
 def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
-    """Add the alarm on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
+    """Add the alarms on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
-    if alarms.get("step") == run.step and any(check["name"] == DRAWN_IMAGES for check in alarms.get("checks", ())):
+    logged = {check["name"]: check["status"] for check in alarms.get("checks", ())}
+    if alarms.get("step") == run.step and (GRAIN in logged or logged.get(DRAWN_IMAGES) == "not run"):
         return
-    check = skip_check(run.step, len(photos))
-    if check is None:
+    checks = skip_checks(run.step, len(photos))
+    if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        check = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).check()
+        checks = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).checks()
 
     def write() -> None:
-        log_check(folder, run.step, check)
+        log_drawn_checks(folder, run.step, checks)
         write_report(folder)
 
     distributed.run_on_first(write)
-
-
-def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
-    """Return the data set, its training images at the model's resolution, and probe images for previews and alarms."""
-    if data is None:
-        dataset = make_procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
-    else:
-        dataset = open_dataset(data, holdout=config.holdout, mask_set=config.mask_set)
-    prepared = prepare(dataset.train, config.resolution, progress=progress)
-    probe_images = prepared
-    if dataset.test_images is not None and len(dataset.test_images) >= 2:
-        probe_images = prepare(dataset.test_images, config.resolution, progress=progress)
-    # Evenly spaced, so that a folder sorted by class shows all classes.
-    chosen = np.linspace(0, len(probe_images) - 1, min(NUM_PROBES, len(probe_images))).round().astype(int)
-    probes = probe_images.images[chosen]
-    if len(probes) < 2:
-        probes = np.concatenate([probes, probes])
-    return dataset, prepared, probes
 
 
 def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classes | None:
@@ -229,20 +212,6 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
         known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names or ()))
     return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
-
-
-def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
-    """Identify the training images by content: number, a hash of a sample of their pixels, and one of all labels.
-
-    The name of the folder or file is for people; a run resumes for the same images under any other (`DATA_NAME`).
-    """
-    digest = hashlib.sha256()
-    for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
-        digest.update(np.ascontiguousarray(prepared.images[i]))
-    description = {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
-    if labels is not None:
-        description["labels_sha256"] = hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:16]
-    return description
 
 
 def run_seed_trials(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import make_procedural_dataset
+from factorkit.data import draw_flowers, make_procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.report.content import Verdict
 from factorkit.segdiff.inference.outputs import output_names
@@ -125,6 +125,31 @@ def test_plain_ddpm_generates_but_refuses_to_segment(photos, run_json, run_refus
     names = {path.name for path in (tmp_path / "out").glob("[!.]*")}
     assert names == {"generated_0000.png", "overview.png", "trajectory.png"}
     assert "regions=1" in run_refused("segment", tmp_path / "plain", photos / "images/00.png", "--out", tmp_path / "s")
+
+
+@pytest.mark.slow
+def test_evaluate_generation_beside_a_plain_ddpm(run, run_cli, run_json, run_refused, tmp_path, flags):
+    for i, image in enumerate(draw_flowers(34, 16, seed=2)[0]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i:02d}.png")
+    for name, changes in (("plain", {"regions": 1}), ("large", {"regions": 1, "resolution": 20})):
+        run_json(*flags(**changes, steps=2), "--data", tmp_path / "photos", "--out", tmp_path / name)
+    command = ("evaluate", run, "--generation", "--images", tmp_path / "photos")
+    code, out, err = run_cli(*command, "--ddpm", tmp_path / "plain")
+    assert code == 0, err
+    lines = out.splitlines()
+    rows = ["drawn images", "plain DDPM  ", "other photos", "shuffled    "]
+    assert [line[:12] for line in lines[1:5]] == rows and "not of equal compute" in out
+    own, plain = (json.loads((folder / "generation.json").read_text()) for folder in (run, tmp_path / "plain"))
+    assert f"{plain['frechet']:.3f}" in lines[2] and f"{own['frechet']:.3f}" in lines[1]
+    assert plain["images"] == own["images"] == 17 and "mask_agreement" not in plain and own["mask_agreement"] > 0
+    steps = [json.loads(line) for stage in ("", "stages/distil") for line in (run / stage / "log.jsonl").open()]
+    assert own["training_seconds"] > sum(event["seconds"] for event in steps if event["event"] == "step") > 0
+    assert own["grain"] > 0 and "fewer than 100" in out  # steps: noise of an untrained network, not judged
+    assert "--ddpm" in run_cli(*command)[1]
+    assert "regions=2" in run_refused(*command, "--ddpm", run)
+    assert "20 and 16 pixels" in run_refused(*command, "--ddpm", tmp_path / "large")
+    assert "--images" in run_refused("evaluate", run, "--generation")
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
 MASK_WEIGHT = 0.3  # of the silhouettes, in the refinement of objects off the centre or in order
 MAX_RING_RATIO = 0.6  # of the held-out errors of both ways around: turns have .27 to .47
-# of the short fit that tells starts apart
+# of the short fit that separates starts
 START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
 
 

@@ -91,7 +91,7 @@ def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered:
     Fog in the colour of the background is invisible in the training views, but not in others.
     """
     variation = config.tv_weight * field.total_variation()
-    if scene.layout != "object":
+    if scene.layout != "object" or field.unbounded:
         return variation
     return variation + config.opacity_weight * rendered.opacity.mean(1)
 

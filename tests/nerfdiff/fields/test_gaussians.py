@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 import factorkit
 from factorkit import rendering
 from factorkit.data import make_procedural_views
 from factorkit.data.procedural.scene import make_scene_field
-from factorkit.nerfdiff.build import load_partial_run
+from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.run_folder import read_settings
+from factorkit.engine.trainer import Trainer
+from factorkit.nerfdiff.build import build_model, load_partial_run
+from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, GaussianField
+from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.utils.errors import ConfigError, OutOfMemoryError
+from factorkit.utils.files import read_log
+from factorkit.utils.rng import derived_seed
+from tests.nerfdiff import forward
+
+PlyData = pytest.importorskip("plyfile").PlyData
 
 SIZE = (20, 24)
 
@@ -29,6 +41,12 @@ def make_field(count=60, seed=0):
     for name, scale in (("colors", 0.5), ("directional", 0.2), ("opacities", 1.0), ("log_scales", 0.3)):
         getattr(field, name).data += scale * torch.randn_like(getattr(field, name))
     return field
+
+
+def load_stage_field(stage, folder):
+    tensors, _ = Checkpoints(stage / "checkpoints").latest()
+    weights = {k.removeprefix("ema.module.field."): v for k, v in tensors.items() if k.startswith("ema.module.field.")}
+    return restore_field(weights, read_settings(folder))
 
 
 def make_camera():
@@ -80,7 +98,8 @@ def test_relocation_moves_invisible_gaussians_and_keeps_the_image():
     field.opacities.data[::4] = -9.0
     with torch.no_grad():
         before = render_views(field, pose, camera, SIZE, 1).color
-        field._relocate(field.opacities.sigmoid(), field.log_scales.exp(), torch.Generator().manual_seed(0))
+        opacity = field.opacities.sigmoid()
+        field._relocate(opacity <= MIN_OPACITY, opacity, field.log_scales.exp(), torch.Generator().manual_seed(0))
         after = render_views(field, pose, camera, SIZE, 1).color
     assert (field.opacities.sigmoid() >= MIN_OPACITY).all()
     assert (after - before).abs().mean() < 0.02
@@ -94,7 +113,7 @@ def test_relocation_copies_have_the_profile_of_the_one_before(dead):
     field.opacities.data[:] = torch.tensor([1.5, *[-9.0] * dead])
     field.log_scales.data.fill_(math.log(0.2))
     opacity, scale = field.opacities.sigmoid(), field.log_scales.exp()
-    field._relocate(opacity, scale, torch.Generator().manual_seed(0))
+    field._relocate(opacity <= MIN_OPACITY, opacity, scale, torch.Generator().manual_seed(0))
     x = torch.linspace(-3, 3, 6001).double()
 
     def profile(opacity, scale):
@@ -156,11 +175,82 @@ def test_num_gaussians_beyond_the_memory_raises_with_the_memory_needed(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_forward_facing_views_are_refused(tmp_path):
-    views = replace(make_procedural_views(12, 8), layout="forward", near=1.0, far=5.0)
-    views.poses[:, :3, :3] = torch.eye(3)
-    with pytest.raises(ConfigError, match='field="gaussians" needs views around an object; these are forward-facing'):
-        factorkit.train_nerfdiff(views, out=tmp_path / "run", poses="known", field="gaussians")
+def test_box_of_a_forward_facing_scene_is_the_inverse_of_the_cameras_map():
+    field, positions = make_field(), 2 * torch.rand(50, 3) - 1
+    field.box_scale = forward.CAMERA.box_scale
+    world = forward.CAMERA.from_ndc(positions)
+    torch.testing.assert_close(field.from_box(positions), world)
+    torch.testing.assert_close(field.to_box(world), positions, rtol=0, atol=1e-5)
+    assert make_field().to_box(positions) is positions
+
+
+def test_start_from_a_forward_facing_grid_lies_where_it_is_dense_in_the_world():
+    grid = GridField(24)
+    grid.values.data[..., 0] = -5.0
+    grid.values.data[16:, 8:16, 8:16, 0] = 2.0  # [z, y, x]: from a depth of 3.3 to infinity
+    field = GaussianField(400)
+    field.box_scale = forward.CAMERA.box_scale
+    field.start_from(grid, 0)
+    depth = -field.means[:, 2]
+    assert depth.isfinite().all() and (depth > 2.8).float().mean() > 0.95 and depth.max() > 50
+    sides = (field.means[:, :2] * field.box_scale / depth[:, None]).abs().amax(1)
+    assert sides.max() < 0.5
+    sizes = field.log_scales.exp() / depth[:, None]
+    torch.testing.assert_close(sizes, sizes[:1, :1].expand_as(sizes))
+
+
+def test_density_in_a_forward_facing_box_has_the_optical_depth_along_the_axis():
+    field = GaussianField(1)
+    field.box_scale = forward.CAMERA.box_scale
+    field.means.data = torch.tensor([[0.0, 0.0, -4.0]])
+    field.log_scales.data.fill_(math.log(0.4))
+    field.opacities.data.fill_(0.0)  # half of the light passes
+    line = torch.linspace(-1, 1, 401)
+    points = torch.stack([0 * line, 0 * line, line], 1)
+    shifts = torch.cat([0.02 * torch.randn(60, 2), torch.zeros(60, 1)], 1)
+    depth = torch.stack([field(points + shift, points)[0] for shift in shifts]).mean(0) * (line[1] - line[0])
+    assert depth.sum().item() == pytest.approx(math.log(2), rel=0.4)
+    assert (depth * line).sum() / depth.sum() == pytest.approx(1 - 2 / 4, abs=0.05)
+
+
+@pytest.mark.slow
+def test_forward_facing_run_explains_views_and_depths_better_than_its_grid(tmp_path):
+    views = forward.forward_views()
+    settings = {"resolution": 24, "poses": "known", "field": "gaussians", "num_gaussians": 400, "gaussian_steps": 1000}
+    settings |= {"field_steps": 60, "steps": 1, "grid_resolution": 24, "samples_per_ray": 24, "threads": 1}
+    settings |= {"encoder_resolution": 8, "model_channels": 8, "channel_mult": (1, 2)}
+    run = factorkit.train_nerfdiff(views, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    field, camera, size = run.model.field, run.model.camera, run.model.size
+    grid = load_stage_field(run.folder / "stages" / "fit", run.folder)
+    errors = [render_views(f, run.poses, camera, size, 24).color for f in (grid, field)]
+    errors = [(x.movedim(-1, 1) - views.images).square().mean().item() for x in errors]
+    assert errors[1] < 0.8 * errors[0], errors
+    drawn = render_views(field, run.poses[:1], camera, size, 1)
+    true = render_views(forward.ball_and_wall, run.poses[:1], camera, size, 256)
+    depths = [(x.depth / x.opacity)[0] for x in (drawn, true)]
+    assert 0.75 < depths[0].median() / depths[1].median() < 1.3
+    splats = factorkit.load(run.export(tmp_path / "scene.ply"))
+    torch.testing.assert_close(splats.model.field.means, field.means, rtol=0, atol=0)
+    cloud = run.export(tmp_path / "points.ply", points=500)
+    depth = -PlyData.read(cloud)["vertex"]["z"]
+    assert 2 < np.median(depth) < 8 and depth.min() >= 0.9
+
+
+@pytest.mark.slow
+def test_joint_search_ends_with_gaussians_and_the_encoder_of_the_search(tmp_path):
+    data = make_procedural_views(12, 12, seed=1)
+    settings = {"resolution": 12, "search": "joint", "field": "gaussians", "num_gaussians": 100, "gaussian_steps": 20}
+    settings |= {"steps": 6, "num_rendered_views": 2, "samples_per_ray": 8, "grid_resolution": 10, "threads": 1}
+    settings |= {"num_candidates": 3, "model_channels": 8, "channel_mult": (1, 2), "ema_decay": 0.0}
+    run = factorkit.train_nerfdiff(data, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    assert isinstance(run.model.field, GaussianField) and load_partial_run(run.folder).stage == "gaussians"
+    stage, _ = Checkpoints(run.folder / "stages" / "joint" / "checkpoints").latest()
+    torch.manual_seed(derived_seed("weights", 0))
+    fresh = build_model(run.config, run.scene, run.model.camera, run.model.field, run.poses).encoder
+    names = [name for name, _ in fresh.named_parameters()]
+    joint = torch.cat([stage[f"ema.module.encoder.{name}"].flatten() for name in names])
+    end, start = (parameters_to_vector(x.parameters()) for x in (run.model.encoder, fresh))
+    assert (end - joint).norm() < (end - start).norm()  # distilled from where the search ended
 
 
 def test_nothing_in_view_is_the_background_with_gradients_of_zero():
@@ -173,12 +263,25 @@ def test_nothing_in_view_is_the_background_with_gradients_of_zero():
     assert all((x.grad == 0).all() for x in (pose, field.means, field.quaternions, field.log_scales, field.opacities))
 
 
-def test_gaussian_that_is_not_finite_is_moved_to_a_visible_one():
-    field = make_field(40)
-    field.means.data[3], field.opacities.data[3] = math.nan, math.nan
-    with torch.no_grad():
-        field._relocate(field.opacities.sigmoid(), field.log_scales.exp(), torch.Generator().manual_seed(0))
-    assert all(p.isfinite().all() for p in field.parameters())
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, value) for name in RATES for value in (math.nan, math.inf)), ("log_scales", 200.0)],  # e^200 is inf
+)
+def test_training_moves_a_gaussian_that_is_not_finite_to_a_visible_one(tmp_path, name, value):
+    scene = open_scene(make_procedural_views(6, 8), 8, torch.device("cpu"))
+    field, config = make_field(40), preset_config("fast", resolution=8, steps=60, sample_every=0, threads=1)
+    fit = SceneFit(field, FreePoses(scene.poses), scene.camera, scene.size, 1)
+
+    class Task(FitTask):
+        def loss(self, model, indices, draw, step):
+            if draw.step == 55:  # after the last relocation of invisible ones
+                getattr(field, name).data.view(40, -1)[3, -1] = value
+            return super().loss(model, indices, draw, step)
+
+    task = Task(config, scene, fit)
+    trained = Trainer(task, config, tmp_path, {}, device=torch.device("cpu"), progress=False).run()
+    assert all(p.isfinite().all() for p in trained.parameters()) and trained.field.log_scales.max() < 100
+    assert "skip" not in {line.get("event") for line in read_log(tmp_path)}
 
 
 def test_restored_field_renders_the_same():
@@ -189,11 +292,9 @@ def test_restored_field_renders_the_same():
     torch.testing.assert_close(render_views(other, pose, camera, SIZE, 1), render_views(field, pose, camera, SIZE, 1))
 
 
-def test_splats_of_another_field_and_joint_search_are_refused(tmp_path):
+def test_splats_of_another_field_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no Gaussians"):
         export(tmp_path / "splats.ply", make_procedural_views(2, 8), make_scene_field())
-    with pytest.raises(ConfigError, match="joint"):
-        preset_config(None, field="gaussians", search="joint")
     assert isinstance(build_field("gaussians", 5, 0), GaussianField)
 
 
