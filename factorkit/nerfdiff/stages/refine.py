@@ -14,7 +14,7 @@ from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.cameras.poses import dolly_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
-from factorkit.nerfdiff.previews.files import save_cameras
+from factorkit.nerfdiff.previews.views import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, gather_pixels, gaussian_blur, mean_squared_error
 from factorkit.rendering import Rendered
