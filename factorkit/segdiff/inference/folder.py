@@ -25,7 +25,16 @@ from factorkit.engine.run_folder import locked
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.cutout_region import choose_cutout_region
-from factorkit.segdiff.inference.documents import ALL_IMAGES, list_documents, write_documents
+from factorkit.segdiff.inference.documents import (
+    ALL_IMAGES,
+    OVERVIEW,
+    OVERVIEW_IMAGES,
+    draw_overview,
+    draw_overview_row,
+    list_documents,
+    name_overview,
+    write_documents,
+)
 from factorkit.segdiff.inference.manifest import Manifest, fingerprint, identify_inputs
 from factorkit.segdiff.inference.outputs import (
     Outputs,
@@ -34,13 +43,6 @@ from factorkit.segdiff.inference.outputs import (
     locate_image,
     make_image_files,
     output_names,
-)
-from factorkit.segdiff.inference.overview import (
-    OVERVIEW,
-    OVERVIEW_IMAGES,
-    draw_overview,
-    draw_overview_row,
-    name_overview,
 )
 from factorkit.segdiff.inference.segment import (
     PreparedImage,
