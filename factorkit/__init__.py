@@ -73,7 +73,7 @@ def load(
     """Load a trained run with its settings from its folder or from one ``.safetensors`` file, or a splat file.
 
     Args:
-        path: of the folder or the file; a ``.ply`` of Gaussians, of any program, is a
+        path: of the folder or the file; a ``.ply`` or ``.spz`` of Gaussians is a
             :class:`~factorkit.nerfdiff.splat_scene.SplatScene`, which renders.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         weights: the moving ``"average"``; from a folder also the decay of another average
@@ -82,19 +82,20 @@ def load(
     Raises:
         ConfigError: the run does not have these weights.
         CheckpointError: no run, or a damaged file. In a folder the previous checkpoint replaces a damaged one.
-        DataError: a ``.ply`` that is damaged or holds no Gaussians.
+        DataError: a ``.ply`` or ``.spz`` that is damaged or holds no Gaussians.
 
     Example:
         >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__
         ('SegdiffRun', 'NerfdiffRun')
     """
     from factorkit.engine.run_folder import model_name
+    from factorkit.nerfdiff.export import SPLAT_SUFFIXES
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.splat_scene import SplatScene
     from factorkit.segdiff.autoencoder import AutoencoderRun
     from factorkit.segdiff.run import SegdiffRun
 
-    if Path(path).suffix.lower() == ".ply":
+    if Path(path).suffix.lower() in SPLAT_SUFFIXES:
         if weights != "average":
             raise ConfigError(f"weights={weights!r}: {path} is a splat file, which has no other weights")
         return SplatScene(path, device=device)

@@ -13,6 +13,8 @@ from factorkit.rendering import (
     OccupancySampling,
     Rays,
     Rendered,
+    Sampling,
+    UnboundedSampling,
     UniformSampling,
     from_ndc,
     image_rays,
@@ -127,8 +129,10 @@ def start_depth(origins: Tensor) -> Tensor:
     return (-origins[..., 2]).clamp_min(1.0)
 
 
-def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> UniformSampling | OccupancySampling:
-    """Build sampling with ``samples`` steps through the box, only in occupied cells if the field has a grid."""
+def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> Sampling:
+    """Build sampling with ``samples`` steps through the scene, only in occupied cells if the field has a grid."""
+    if getattr(field, "unbounded", False):
+        return UnboundedSampling(samples)
     grid = getattr(field, "occupancy", None)
     if grid is None:
         return UniformSampling((-1.0,) * 3, (1.0,) * 3, samples)

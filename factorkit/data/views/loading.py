@@ -305,11 +305,6 @@ def _depths_of_folder(folder: Path, time: int) -> SetDepths:
     return FileSource(folder, names).depths
 
 
-def mask_reader(path: Path) -> Callable[[], np.ndarray]:
-    """Return a function for `LazyView.read_mask`, likewise for stored pixels."""
-    return lambda: to_opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
-
-
 def loss_mask_reader(path: Path, is_inverted: bool = False) -> Callable[[], np.ndarray]:
     """Return a function for `LazyView.read_loss_mask`, for stored pixels: as in nerfstudio, all but 0 is scored.
 

@@ -220,10 +220,12 @@ class StageTraining:
             background=config.background,
             views=len(self.scene.images),
             appearance_dim=config.appearance_dim,
+            unbounded=config.unbounded == "yes",
         ).to(self.device)
 
     def add_occupancy(self, field: Field) -> Field:
         """Add an occupancy grid if the settings have one for this kind of field."""
-        if self.config.occupancy and isinstance(field, GridField) == (self.config.field == "grid"):
+        wanted = self.config.occupancy and not field.unbounded  # whose steps follow the weights instead
+        if wanted and isinstance(field, GridField) == (self.config.field == "grid"):
             field.occupancy = build_occupancy_grid(occupancy_cells(self.config.samples_per_ray))
         return field.to(self.device)
