@@ -259,11 +259,11 @@ def _decode(view: LazyView, resolution: int | None, premultiply: bool) -> _Decod
         loss_mask = _read_same_size(view.read_loss_mask, view.name, height, width)
         scored = torch.from_numpy(np.ascontiguousarray(loss_mask))[None]
     if view.distortion is not None:
-        channels, seen = undistort(channels, k, view.distortion)
+        channels, visible = undistort(channels, k, view.distortion)
         if scored is not None:
             scored, _ = undistort(scored, k, view.distortion)
-        if isinstance(view.distortion, FisheyeDistortion) and not seen.all():
-            scored = seen[None].float() if scored is None else scored * seen
+        if isinstance(view.distortion, FisheyeDistortion) and not visible.all():
+            scored = visible[None].float() if scored is None else scored * visible
     new_height, new_width = target_size(resolution or largest, height, width)
     channels = resize_area(channels, new_height, new_width)
     intrinsics = torch.from_numpy(k * np.array([new_width / width, new_height / height, 1.0])[:, None]).float()
