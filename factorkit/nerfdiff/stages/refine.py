@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,4 +212,5 @@ class FitTask:
         save_cameras(folder / f"{step:06d}_cameras_{self.preview_name}.png", self.scene.layout, poses)
         if self.scene.layout != "object":
             return {}
-        return scene_alarms(self.config, self.scene, model.field, poses, settled=step == self.config.steps)
+        scene = replace(self.scene, camera=model.camera)  # the poses are at the distance of its focal length
+        return scene_alarms(self.config, scene, model.field, poses, settled=step == self.config.steps)
