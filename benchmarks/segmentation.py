@@ -3,7 +3,10 @@
     python -m benchmarks.segmentation procedural --preset demo --seeds 0 1 2 3 4
     python -m benchmarks.segmentation flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 1 2 3 4
     python -m benchmarks.segmentation flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 --form thesis
+    python -m benchmarks.segmentation horses --data PHOTOS --preset uvit32 --processor-seconds 120 --seeds 0
 
+With --processor-seconds a run has as many steps as take so long, so that networks compare at equal cost; its drawn
+images are then scored too (Fréchet distance in fixed random features, which compares runs of one data set alone).
 Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that
 stands there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never
 of the best.
@@ -22,6 +25,8 @@ from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "segmentation.json"
 WORKED = 0.8  # IoU from which a run counts as having found the object
+DRAWN_IMAGES = 64  # and as many photos in their place
+TIMED_STEPS = 8
 
 
 def main() -> None:
@@ -33,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--ignore", type=int)
+    parser.add_argument("--processor-seconds", type=int, help="length of the training, in place of the preset's steps")
     parser.add_argument("--holdout", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
     parser.add_argument("--baselines", action="store_true", help="score the trivial predictors too (once is enough)")
@@ -49,18 +55,24 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
 
     import factorkit
     from factorkit.segdiff.config import preset_config
+    from factorkit.segdiff.training_images import load_data
 
-    masks = preset_config(**{"preset": args.preset, "form": args.form, **changes}).resolved().masks
+    config = preset_config(**{"preset": args.preset, "form": args.form, **changes}).resolved()
+    masks = config.masks
     settings = {"preset": args.preset, "form": args.form, **changes, "masks": masks}
     if masks == "network":
         del settings["masks"]  # as in the results that were stored when it was the default
+    if args.processor_seconds:
+        settings["processor_seconds"] = args.processor_seconds
     key = " ".join([args.name, *(f"{k}={v}" for k, v in settings.items()), f"seed={seed}"])
     if key in read_results(RESULTS):
         return
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     holdout = int(args.holdout) if args.holdout.isdigit() else args.holdout
-    start = time.perf_counter()
+    if args.processor_seconds:
+        changes = {**changes, "steps": round(args.processor_seconds / measure_step(config)), "sample_every": 0}
+    start, processor_start = time.perf_counter(), time.process_time()
     run = factorkit.train_segdiff(
         args.data,
         out=out,
@@ -72,7 +84,11 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         baselines=args.baselines,
         **changes,
     )
-    seconds = time.perf_counter() - start
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
+    drawn = {}
+    if args.processor_seconds:
+        photos = load_data(args.data, config.resolution, holdout, config.mask_set, progress=False)[1].images
+        drawn = {"drawn": run.evaluate_generation(photos, n=DRAWN_IMAGES)}
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     alarms = [e for e in events if e["event"] == "alarms"][-1]
@@ -81,6 +97,9 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         **settings,
         "seed": seed,
         "scores": run.scores,
+        **drawn,
+        "steps": run.step,
+        "processor_seconds_used": round(processor_seconds, 1),
         "alarms": {k: v for k, v in alarms.items() if k not in ("event", "time")},
         "training_seconds": round(sum(e["seconds"] for e in steps), 1),
         "seconds": round(seconds, 1),
@@ -93,18 +112,45 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     print(key, {k: round(run.scores[k], 3) for k in ("acc", "iou", "dice")}, f"{seconds:.0f} s", flush=True)
 
 
+def measure_step(config) -> float:
+    """Return the processor seconds of a training step, by some on random images."""
+    import numpy as np
+    import torch
+
+    from factorkit.engine.config import cpu_threads
+    from factorkit.engine.trainer import Trainer
+    from factorkit.segdiff.task import SegdiffTask
+
+    shape = (config.batch_size, config.resolution, config.resolution, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    device = torch.device("cpu")
+    with cpu_threads(config.threads):
+        trainer = Trainer(
+            SegdiffTask(config, images, images, device), config, Path("."), {}, device=device, progress=False
+        )
+        trainer.measure_step_seconds(steps=1)
+        start = time.process_time()
+        trainer.measure_step_seconds(steps=TIMED_STEPS - 1)  # and one before these
+    return (time.process_time() - start) / TIMED_STEPS
+
+
 def table(results: dict[str, dict]) -> str:
     """One line a data set and setting: seeds tried, seeds that worked, IoU of each, time."""
     groups: dict[str, list[dict]] = {}
     for key, record in results.items():
         groups.setdefault(key.rsplit(" seed=", 1)[0], []).append(record)
-    lines = ["| run | seeds | worked (IoU >= .80) | IoU a seed | mean | training, s |", "|---|---|---|---|---|---|"]
+    lines = ["| run | seeds | worked (IoU >= .80) | IoU a seed | mean | training, s | steps | Fréchet a seed |"]
+    lines.append("|---" * 8 + "|")
     for name, records in sorted(groups.items()):
-        iou = [r["scores"]["iou"] for r in sorted(records, key=lambda r: r["seed"])]
+        records.sort(key=lambda r: r["seed"])
+        iou = [r["scores"]["iou"] for r in records]
         seconds = statistics.median(r["training_seconds"] for r in records)
         each = " ".join(f"{x:.3f}".lstrip("0") for x in iou)
         worked = sum(x >= WORKED for x in iou)
-        lines.append(f"| {name} | {len(iou)} | {worked} | {each} | {statistics.mean(iou):.3f} | {seconds:.0f} |")
+        steps = " ".join(str(r["steps"]) for r in records if "steps" in r)
+        frechet = " ".join(f"{r['drawn']['frechet']:.3f}".lstrip("0") for r in records if "drawn" in r)
+        mean = f"{statistics.mean(iou):.3f}"
+        lines.append(f"| {name} | {len(iou)} | {worked} | {each} | {mean} | {seconds:.0f} | {steps} | {frechet} |")
     return "\n".join(lines)
 
 

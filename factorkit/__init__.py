@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from factorkit.nerfdiff.splat_scene import SplatScene
     from factorkit.object_masks import train_nerfdiff
     from factorkit.rendering.render import render
+    from factorkit.segdiff.autoencoder import AutoencoderRun, train_autoencoder
     from factorkit.segdiff.choose_regions import choose_regions
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
@@ -32,6 +33,7 @@ except PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+unknown"
 
 __all__ = [
+    "AutoencoderRun",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -41,6 +43,7 @@ __all__ = [
     "choose_regions",
     "load",
     "render",
+    "train_autoencoder",
     "train_nerfdiff",
     "train_segdiff",
 ]
@@ -49,6 +52,8 @@ __all__ = [
 _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
+    "train_autoencoder": "factorkit.segdiff.autoencoder",
+    "AutoencoderRun": "factorkit.segdiff.autoencoder",
     "choose_regions": "factorkit.segdiff.choose_regions",
     "train_nerfdiff": "factorkit.object_masks",
     "NerfdiffRun": "factorkit.nerfdiff.run",
@@ -64,11 +69,11 @@ def __getattr__(name: str) -> Any:
 
 def load(
     path: str | Path, *, device: str = "auto", weights: str | float = "average"
-) -> SegdiffRun | NerfdiffRun | SplatScene:
+) -> SegdiffRun | NerfdiffRun | AutoencoderRun | SplatScene:
     """Load a trained run with its settings from its folder or from one ``.safetensors`` file, or a splat file.
 
     Args:
-        path: of the folder or the file; a ``.ply`` of Gaussians, of any program, is a
+        path: of the folder or the file; a ``.ply`` or ``.spz`` of Gaussians is a
             :class:`~factorkit.nerfdiff.splat_scene.SplatScene`, which renders.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         weights: the moving ``"average"``; from a folder also the decay of another average
@@ -77,20 +82,22 @@ def load(
     Raises:
         ConfigError: the run does not have these weights.
         CheckpointError: no run, or a damaged file. In a folder the previous checkpoint replaces a damaged one.
-        DataError: a ``.ply`` that is damaged or holds no Gaussians.
+        DataError: a ``.ply`` or ``.spz`` that is damaged or holds no Gaussians.
 
     Example:
         >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__
         ('SegdiffRun', 'NerfdiffRun')
     """
     from factorkit.engine.run_folder import model_name
+    from factorkit.nerfdiff.export import SPLAT_SUFFIXES
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.splat_scene import SplatScene
+    from factorkit.segdiff.autoencoder import AutoencoderRun
     from factorkit.segdiff.run import SegdiffRun
 
-    if Path(path).suffix.lower() == ".ply":
+    if Path(path).suffix.lower() in SPLAT_SUFFIXES:
         if weights != "average":
             raise ConfigError(f"weights={weights!r}: {path} is a splat file, which has no other weights")
         return SplatScene(path, device=device)
-    kind = NerfdiffRun if model_name(Path(path)) == "nerfdiff" else SegdiffRun
-    return kind.load(path, device=device, weights=weights)
+    kinds: dict[str | None, Any] = {kind.MODEL: kind for kind in (NerfdiffRun, AutoencoderRun)}
+    return kinds.get(model_name(Path(path)), SegdiffRun).load(path, device=device, weights=weights)

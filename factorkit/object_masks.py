@@ -47,7 +47,7 @@ MAX_TRAINING_SIDE = 256  # pixels of the longer side of the images that segdiff 
 OBJECT_SHARES = (0.01, 0.9)  # of the pixels; masks beyond them show no object
 MIN_STILL_VIEWS = 8  # that show a background in turn
 BACKGROUND_CANDIDATES, MAX_COMPARED_VIEWS = 24, 100  # views whose colours may be the background's, and that confirm it
-STILL_TOLERANCE = 12  # of 255, by which a background that stands still differs at most
+STILL_TOLERANCE = 12  # of 255, by which a background that does not move differs at most
 MIN_STILL_BORDER = 0.9  # share of the border's pixels that must stand still, or have one colour
 MASK_FOLDER, RECORD = "masks", "object_masks.json"  # in the folder of the segdiff run
 
@@ -189,7 +189,7 @@ def make_object_masks(
 
 
 def remove_still_background(images: Sequence[Image.Image]) -> tuple[list[Image.Image], bool]:
-    """Paint a background that stands still in all images, behind an object that turns, in one colour.
+    """Paint a background that does not move in any image, behind an object that turns, in one colour.
 
     Returns:
         The images, and whether they were changed: not where the sizes differ, most of the border moves, or the
@@ -272,7 +272,7 @@ def _write_masks(
         f"{reason}, and covers {min(shares):.0%} to {max(shares):.0%} of the pixels."
     )
     if is_still:
-        note += " The background stands still in all views, and was painted in one colour before."
+        note += " The background does not move in any view, and was painted in one colour before."
     if odd:
         note += f" Hardly an object in {format_count(len(odd), 'view')}: {format_examples(odd)}."
     write_json(record, {"key": key, "note": note})

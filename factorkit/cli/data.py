@@ -43,11 +43,9 @@ class Prepare(Command):
             return _list_layouts()
         if self.data is None:
             raise ConfigError("nothing to prepare: give a folder, or --list to see the supported data sets")
-        from factorkit.segdiff.config import SegdiffConfig
-        from factorkit.segdiff.train import load_data
+        from factorkit.segdiff.training_images import load_data
 
-        config = SegdiffConfig(resolution=self.resolution, holdout=parse_holdout(self.holdout))
-        dataset, prepared, _ = load_data(self.data, config, progress=True)
+        dataset, prepared, _ = load_data(self.data, self.resolution, parse_holdout(self.holdout), None, progress=True)
         path = str(prepared.path) if prepared.path else None
         data = {
             "path": path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -173,12 +174,18 @@ class Evaluate(RunCommand):
         plain = None if self.ddpm is None else SegdiffRun.load(self.ddpm, device=self.device)
         if plain is not None and plain.config.num_leaf_regions > 1:
             raise ConfigError(f"--ddpm {self.ddpm} has regions={plain.config.regions}; give a run with regions=1")
+        if plain is not None and plain.config.resolution != run.config.resolution:
+            sizes = f"{plain.config.resolution} and {run.config.resolution}"
+            raise ConfigError(
+                f"--ddpm {self.ddpm}: images of {sizes} pixels do not compare; give runs of one resolution"
+            )
         scores = run.evaluate_generation(self.images)
         if plain is not None:
             scores["ddpm"] = plain.evaluate_generation(self.images)
-        if (folder := run.folder) is not None:
-            distributed.run_on_first(lambda: write_report(folder))
-        return _add_verdict(folder, REPORT, scores, format_generation(scores))
+        for scored in (run, plain):
+            if scored is not None and (folder := scored.folder) is not None:
+                distributed.run_on_first(partial(write_report, folder))
+        return _add_verdict(run.folder, REPORT, scores, format_generation(scores))
 
     def _check_epipolar(self) -> Result:
         from factorkit.nerfdiff.run import NerfdiffRun
@@ -256,14 +263,21 @@ def format_scores(scores: dict[str, Any]) -> str:
 
 def format_generation(scores: dict[str, Any]) -> str:
     """Format the scores of drawn images, of the photos and noise that bound them, and of a plain DDPM."""
-    head = f"{'':<14} {'Fréchet':>8} {'precision':>9} {'recall':>7} {'FID':>7} {'training s':>10}"
+    head = f"{'':<14} {'Fréchet':>8} {'grain':>6} {'precision':>9} {'recall':>7} {'FID':>7} {'training s':>10}"
     rows = [("drawn images", scores)]
     if "ddpm" in scores:
         rows.append(("plain DDPM", scores["ddpm"]))
     photos = {name: scores[f"photos_{name}"] for name in ("precision", "recall")}
     rows.append(("other photos", photos | {"frechet": scores["frechet_photos"]}))
     rows.append(("shuffled", {"frechet": scores["frechet_noise"]}))
-    columns = (("frechet", 8, 3), ("precision", 9, 3), ("recall", 7, 3), ("fid", 7, 2), ("training_seconds", 10, 0))
+    columns = (
+        ("frechet", 8, 3),
+        ("grain", 6, 3),
+        ("precision", 9, 3),
+        ("recall", 7, 3),
+        ("fid", 7, 2),
+        ("training_seconds", 10, 0),
+    )
     lines = [head]
     for name, row in rows:
         cells = [f"{row[key]:{w}.{d}f}" if key in row else " " * w for key, w, d in columns]
@@ -273,6 +287,13 @@ def format_generation(scores: dict[str, Any]) -> str:
         f"{format_count(scores['images'], 'image')} each, {scores['sampler']} in {scores['steps']} steps; Fréchet "
         f"distances in fixed random features, which are no FID{no_fid}"
     )
+    own, plain = (row.get("training_seconds") for row in (scores, scores.get("ddpm", {})))
+    if own and plain and not 0.8 < plain / own < 1.25:
+        lines.append(f"not of equal compute: the plain DDPM was trained {plain / own:.2g} times as long")
+    elif own and "mask_agreement" in scores and "ddpm" not in scores:
+        lines.append(
+            f"no plain DDPM to compare with: train one with --regions 1 for {own:.0f} s, and give it by --ddpm"
+        )
     if "mask_agreement" in scores:
         lines.append(
             f"masks: segmenting a drawn image gives {scores['mask_agreement']:.1%} of its pixels the region that they "

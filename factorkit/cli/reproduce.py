@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -25,6 +25,7 @@ class Reproduce(Command):
         factorkit reproduce --list
         factorkit reproduce table2.1 --data flowers/ --seeds 5
         factorkit reproduce table2.6 --data CUB_200_2011/ --scale gpu --out runs/cub
+        factorkit reproduce table2.6 --data flowers/ --backbone uvit --out runs/transformer
         factorkit reproduce table2.7 --data imagenet/ --voc VOCdevkit/
         factorkit reproduce fig3.11 --data lego/ --seeds 1
     """
@@ -53,6 +54,9 @@ class Reproduce(Command):
     """Mask value of pixels that are not scored."""
     holdout: Annotated[str | None, arg(metavar="STR", help_behavior_hint="")] = None
     """Labelled images kept out of training, see factorkit prepare --help."""
+    backbone: Literal["unet", "uvit"] | None = None
+    """Network of the models of chapter 2, at the scales small and gpu. The default is the U-Net. Give each
+    backbone its own --out."""
     device: Device = "auto"
     """Where to train. auto uses a GPU if there is one."""
 
@@ -64,6 +68,7 @@ class Reproduce(Command):
         from factorkit.cli.train import report_interruption
         from factorkit.reproduce import reproduce
 
+        changes: dict[str, Any] = {} if self.backbone is None else {"backbone": self.backbone}
         with report_interruption(self.out):
             report = reproduce(
                 self.name,
@@ -77,6 +82,7 @@ class Reproduce(Command):
                 device=self.device,
                 ignore=self.ignore,
                 holdout=None if self.holdout is None else parse_holdout(self.holdout),
+                **changes,
             )
         table = report.folder / "table.md"
         return {**report.data, "folder": str(report.folder)}, f"{report.text}\n\ntable  {table}"
@@ -84,7 +90,7 @@ class Reproduce(Command):
 
 def _list_experiments() -> Result:
     from factorkit.reproduce import list_experiments
-    from factorkit.reproduce.table import format_citation
+    from factorkit.reproduce.experiment import format_citation
 
     data, lines = [], []
     for experiment in list_experiments().values():

@@ -159,8 +159,8 @@ class Render(OutputCommand):
     """Number of images."""
     size: OptionalInt = None
     """Pixels of the longer side. The default is the training resolution; 512 of a splat file."""
-    up: Literal["z", "y", "-y", "-z"] = "z"
-    """Axis that points up, of a splat file from elsewhere."""
+    up: Annotated[Literal["z", "y", "-y", "-z"] | None, arg(help_behavior_hint="")] = None
+    """Axis that points up, of a splat file from elsewhere. The default is z, and y of a .spz."""
 
     def execute(self) -> Result:
         from factorkit.nerfdiff.camera_files import render_cameras
@@ -317,20 +317,22 @@ def _list_files(paths: Sequence[Path]) -> Iterator[Path]:
             yield from path.rglob("*")
 
 
-def _load_scene(command: RunCommand, up: Up = "z") -> NerfdiffRun | SplatScene:
+def _load_scene(command: RunCommand, up: Up | None = None) -> NerfdiffRun | SplatScene:
     """Load a run or a splat file."""
+    from factorkit.nerfdiff.export import SPLAT_SUFFIXES
     from factorkit.nerfdiff.splat_scene import SplatScene
 
-    if command.run.suffix.lower() == ".ply":
+    if command.run.suffix.lower() in SPLAT_SUFFIXES:
         return SplatScene(command.run, device=command.device, up=up)
-    if up != "z":
+    if up is not None:
         raise ConfigError(f"--up {up} is of splat files; {command.run} has z up, or y in forward-facing scenes")
     return _load(command)
 
 
 def _load(command: RunCommand) -> NerfdiffRun:
+    from factorkit.nerfdiff.export import SPLAT_SUFFIXES
     from factorkit.nerfdiff.run import NerfdiffRun
 
-    if command.run.suffix.lower() == ".ply":
+    if command.run.suffix.lower() in SPLAT_SUFFIXES:
         raise ConfigError(f"{command.run} is a splat file, which only render, export and view take; give a run")
     return NerfdiffRun.load(command.run, device=command.device)

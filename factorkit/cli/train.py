@@ -20,6 +20,7 @@ from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean, fo
 if TYPE_CHECKING:
     from factorkit.engine.config import EngineConfig
 
+MODELS = {"segdiff": "images", "nerfdiff": "views of a scene", "autoencoder": "what segdiff's --latent takes"}
 COMMON = ("data", "out", "preset", "dry_run", "resolution", "steps", "batch_size", "learning_rate", "seed", "device")
 
 
@@ -71,7 +72,7 @@ class TrainSegdiff(Command):
     """Also score trivial predictors at the end, if there are labels."""
 
     PROCESSES = "all"
-    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "latent", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
@@ -222,6 +223,42 @@ class TrainNerfdiff(Command):
 
 
 @dataclass(kw_only=True)
+class TrainAutoencoder(Command):
+    """Train an autoencoder on unlabelled images, or resume an interrupted training.
+
+    A segdiff model denoises its small latents in place of pixels: factorkit train segdiff --latent RUN. The run is a
+    folder with settings, checkpoints, photos beside their reconstructions, log and report.html. The same
+    command again resumes it exactly, from the newest checkpoint. The data are those of factorkit train segdiff.
+
+    Examples:
+        factorkit train autoencoder --data photos/ --out runs/autoencoder
+        factorkit train autoencoder --data photos/ --resolution 256 --downsample 8 --out runs/autoencoder8
+    """
+
+    model: Positional[Literal["autoencoder"]]
+    """Which model to train."""
+    data: OptionalPath = None
+    """Images to train on. The default is the procedural flowers of the package."""
+    out: Path = Path("runs/autoencoder")
+    """Run folder."""
+
+    PROCESSES = "all"
+    BASIC = (*COMMON, "model", "downsample", "latent_channels", "json")
+
+    def execute(self) -> Result:
+        from factorkit.cli.evaluate import judge_run
+        from factorkit.segdiff.autoencoder import REPORT, AutoencoderConfig, train_autoencoder
+
+        settings = _settings(self, AutoencoderConfig)
+        settings["holdout"] = parse_holdout(settings["holdout"])
+        with report_interruption(self.out):
+            run = train_autoencoder(self.data, out=self.out, **settings)
+        (judgement, lines), report = judge_run(self.out, REPORT), str(self.out / "report.html")
+        data = {"run": str(self.out), "report": report, "steps": run.step, **judgement}
+        return data, "\n".join([*lines, "", f"run     {self.out}", f"report  {report}"])
+
+
+@dataclass(kw_only=True)
 class ChooseRegions(Command):
     """Recommend a number of regions for a set of images, without labels.
 
@@ -296,15 +333,14 @@ def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, An
         ConfigError: no such model or preset.
     """
     model = next(iter(args), "")
-    if model not in ("segdiff", "nerfdiff"):
+    if model not in MODELS:
         if show_help:
             model = "segdiff"
         else:
             named = model and not model.startswith("-")
-            problem = f"{model!r} is not a model. {did_you_mean(model, ('segdiff', 'nerfdiff'))}" if named else ""
-            raise ConfigError(
-                f"{problem}Name the model to train first: segdiff for images, nerfdiff for views of a scene"
-            )
+            problem = f"{model!r} is not a model. {did_you_mean(model, MODELS)}" if named else ""
+            listed = ", ".join(f"{name} for {purpose}" for name, purpose in MODELS.items())
+            raise ConfigError(f"{problem}Name the model to train first: {listed}")
     early, _ = tyro.cli(
         _EarlyOptions, prog=f"factorkit train {model}", args=args, add_help=False, return_unknown_args=True
     )
@@ -316,6 +352,10 @@ def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, An
         command, config = TrainSegdiff, SegdiffConfig
         backbone = {} if early.backbone is None else {"backbone": early.backbone}
         settings: EngineConfig = preset_config(_preset_name(early, "fast64"), **backbone)
+    elif model == "autoencoder":
+        from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderConfig
+
+        command, config, settings = TrainAutoencoder, AutoencoderConfig, AutoencoderConfig.from_dict(SETTINGS)
     else:
         from factorkit.nerfdiff import config as nerfdiff
 

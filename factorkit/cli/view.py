@@ -73,12 +73,13 @@ def load_contents(path: Path, device: str) -> ViewerScene:
 
     from factorkit.nerfdiff.build import load_partial_run
     from factorkit.nerfdiff.evaluate import training_errors
+    from factorkit.nerfdiff.export import SPLAT_SUFFIXES
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.splat_scene import SplatScene
     from factorkit.nerfdiff.training_views import load_views
     from factorkit.nerfdiff.viewer import ViewerScene
 
-    if path.suffix.lower() == ".ply":
+    if path.suffix.lower() in SPLAT_SUFFIXES:
         splats = SplatScene(path, device=device)
         return ViewerScene(0, splats.model.field, splats.views, torch.zeros(3))
     checkpoint = newest_checkpoint(path)

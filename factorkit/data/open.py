@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.archives import ZipSource
-from factorkit.data.decode import to_rgb
+from factorkit.data.decode import crop_square, to_rgb
 from factorkit.data.files import (
     IMAGE_SUFFIXES,
     SUFFIX_LIST,
@@ -92,6 +92,11 @@ def read_images(images: Any) -> tuple[list[Image.Image], list[str]]:
         images = images[None]
     source = images if isinstance(images, Source) else open_source(images)
     return [source.read(i) for i in range(len(source))], list(source.names)
+
+
+def read_squares(images: Any, side: int) -> np.ndarray:
+    """Read images as :func:`read_images` and crop them as in training: uint8 [N, side, side, 3]."""
+    return np.stack([crop_square(image, side) for image in read_images(images)[0]])
 
 
 def _open_path(path: Path, keys: Sequence[str]) -> Source:

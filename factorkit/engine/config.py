@@ -246,11 +246,12 @@ class _Changes(NamedTuple):
     removed: dict[str, Any]  # old name -> the only value that today's code still computes
     tensors: dict[str, str]  # old part of a tensor's dotted name -> part of today
     added: dict[str, Any]  # name -> the value that runs had before there was the setting
+    unread: dict[str, tuple[str, Any]]  # name -> (name, value) of the only setting beside which it is read
 
 
 _COMMON = {"decay": "lr_decay_fraction", "ema": "ema_decay", "ema_also": "extra_ema_decays"}  # of EngineConfig
 _CHANGES: dict[str, _Changes] = {}
-NO_CHANGES = _Changes({}, {}, {}, {}, {})
+NO_CHANGES = _Changes({}, {}, {}, {}, {}, {})
 
 
 def register_renamed_settings(
@@ -260,6 +261,7 @@ def register_renamed_settings(
     removed: Mapping[str, Any] | None = None,
     tensors: Mapping[str, str] | None = None,
     added: Mapping[str, Any] | None = None,
+    unread: Mapping[str, tuple[str, Any]] | None = None,
 ) -> None:
     """Declare which settings of a model have changed since runs were first stored.
 
@@ -270,11 +272,12 @@ def register_renamed_settings(
         removed: settings that are gone, with the value that the code now always uses.
         tensors: old part of the dotted names of tensors -> new part.
         added: settings with another default than runs had before there was the setting -> what those runs had.
+        unread: settings that runs stored but read only beside a value of another one -> (the other, its value).
     """
-    for model in models:
-        _CHANGES[model] = _Changes(
-            dict(names), dict(values or {}), dict(removed or {}), dict(tensors or {}), dict(added or {})
-        )
+    changes = _Changes(
+        dict(names), dict(values or {}), dict(removed or {}), dict(tensors or {}), dict(added or {}), dict(unread or {})
+    )
+    _CHANGES.update(dict.fromkeys(models, changes))
 
 
 def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]:
@@ -299,7 +302,8 @@ def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]
         if isinstance(value, (str, int, float, type(None))):
             value = changes.values.get((new, value), value)
         migrated[new] = value
-    return migrated
+    unread = {name for name, (other, value) in changes.unread.items() if migrated.get(other) != value}
+    return {name: value for name, value in migrated.items() if name not in unread}
 
 
 def migrate_tensor_names(tensors: Mapping[str, T], model: object) -> dict[str, T]:

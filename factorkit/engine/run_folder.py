@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -213,6 +214,43 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
     return chosen, meta
 
 
+def load_trained(
+    path: Path, model: str, weights: str | float, read_config: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, Any, int]:
+    """Load settings, module and step of a trained model; nothing is allocated before the settings are plausible.
+
+    Args:
+        path, model, weights: as for :func:`read_weights`.
+        read_config: returns the configuration of stored settings, checked: its ``counts()`` are for
+            :func:`check_plausible`, its ``build()`` makes the module.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or not this model.
+        ConfigError: unknown ``weights``.
+    """
+    tensors, meta = read_weights(path, model, weights)
+    try:
+        config = read_config(meta)
+        check_plausible(path, tensors, **config.counts())
+        with torch.device("meta"):
+            module = config.build()
+        own = module.state_dict()
+        for name, tensor in tensors.items():  # assigned, not copied: another precision would reach the operations
+            if name in own and tensor.is_floating_point():
+                tensors[name] = tensor.to(own[name].dtype)
+        module.load_state_dict(tensors, assign=True)
+        return config, module, int(meta["step"])
+    except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {error}") from error
+
+
+def select_settings(config: type[Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of stored settings that a configuration class has."""
+    return {field.name: meta[field.name] for field in dataclasses.fields(config) if field.name in meta}
+
+
 def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:
     """Refuse implausible sizes before a model is built, which might take unbounded memory or time.
 
@@ -262,6 +300,10 @@ class TrainedRun:
         """Return what a checkpoint stores besides the weights."""
         return {"model": self.MODEL, **self.config.to_dict(), "step": self.step}
 
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of an exported model."""
+        return {f"ema.module.{name}": value for name, value in self.model.state_dict().items()}
+
     def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
@@ -278,7 +320,7 @@ class TrainedRun:
         """
         if distributed.rank() > 0:
             return Path(path)
-        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
+        weights = self._stored_tensors()
         source = f"save: {source or identify_run(self.folder, weights)}"
         opened = partial(writing_file, source=source, overwrite=overwrite)
         return write_checkpoint(Path(path), weights, self._settings(), opened)

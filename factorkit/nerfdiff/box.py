@@ -172,6 +172,8 @@ def box_checks(field: Field, foreground: Foreground | None, poses: Tensor, layou
     names = ("foreground beside the box", "opacity at the box's faces")
     if layout != "object":
         return [Check(name, not_run="since the box of a forward-facing scene has no walls in view") for name in names]
+    if getattr(field, "unbounded", False):
+        return [Check(name, not_run="since the field covers all of space") for name in names]
     if foreground is None:
         reason = "since the views have neither masks nor a background of one colour"
         return [Check(name, not_run=reason) for name in names]

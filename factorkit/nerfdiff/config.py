@@ -85,6 +85,11 @@ class NerfdiffConfig(EngineConfig):
     background: Literal["given", "learned", "field"] = "given"
     """Background behind the scene. "given": the colour stored with the views, black by default. "learned": one learned
     colour. "field": a learned colour for each viewing direction."""
+    unbounded: Literal["auto", "yes", "no"] = "auto"
+    """Whether the field covers all of space by contraction, as for photos around an object in a room, instead of a box
+    around the object. "auto", the default: "yes" if cameras with known poses (given, or by structure from motion)
+    surround what they look at, neither masks nor a background of one colour show an object, and background= is
+    "given"."""
     appearance_dim: int = 0
     """Size of the appearance code of each training view, for collections with varying exposure or time of day. 0 gives
     all views the same appearance."""
@@ -183,11 +188,6 @@ class NerfdiffConfig(EngineConfig):
             )
         if self.timesteps > MAX_TIMESTEPS:
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
-        if self.field == "gaussians" and self.search == "joint" and self.poses == "predicted":
-            raise ConfigError(
-                'search="joint" trains the field by single rays, which field="gaussians" does not have; use '
-                'search="dictionary", or field="grid"'
-            )
         lowest, highest = self.elevation_range
         if not -89 <= lowest < highest <= 89:
             raise ConfigError(
@@ -236,6 +236,7 @@ CHOICES = {
     "ordered": ("auto", "yes", "no"),
     "field": FIELDS,
     "background": BACKGROUNDS,
+    "unbounded": ("auto", "yes", "no"),
     "encoder_pooling": ("flatten", "average"),
 }
 
@@ -360,6 +361,6 @@ register_renamed_settings(
         "t_power": "timestep_power",
     },
     values={("encoder_pooling", "whole"): "flatten"},
-    added={"encoder": "unet", "encoder_depth": 4, "encoder_patch_size": 4},
+    added={"encoder": "unet", "encoder_depth": 4, "encoder_patch_size": 4, "unbounded": "no"},
     tensors={"occupancy.looks": "occupancy.num_updates"},
 )

@@ -13,6 +13,8 @@ from factorkit.rendering import (
     OccupancySampling,
     Rays,
     Rendered,
+    Sampling,
+    UnboundedSampling,
     UniformSampling,
     from_ndc,
     image_rays,
@@ -98,6 +100,11 @@ class CameraModel:
         origins = ndc.origins + skipped * ndc.directions
         return Rays(origins * scale, ndc.directions * scale)
 
+    @property
+    def box_scale(self) -> Tensor | None:
+        """The coordinates [2] in the box of a forward-facing scene at a slope of 1 to the viewing axis, or None."""
+        return 2 / NDC_MARGIN * self.intrinsics.detach().diagonal()[:2] if self.forward_facing else None
+
     def from_ndc(self, positions: Tensor) -> Tensor:
         """Return world coordinates [..., 3] of positions in the field's box; its far wall is at infinity."""
         if not self.forward_facing:
@@ -122,8 +129,10 @@ def start_depth(origins: Tensor) -> Tensor:
     return (-origins[..., 2]).clamp_min(1.0)
 
 
-def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> UniformSampling | OccupancySampling:
-    """Build sampling with ``samples`` steps through the box, only in occupied cells if the field has a grid."""
+def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> Sampling:
+    """Build sampling with ``samples`` steps through the scene, only in occupied cells if the field has a grid."""
+    if getattr(field, "unbounded", False):
+        return UnboundedSampling(samples)
     grid = getattr(field, "occupancy", None)
     if grid is None:
         return UniformSampling((-1.0,) * 3, (1.0,) * 3, samples)

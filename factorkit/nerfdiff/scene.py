@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.nerfdiff.box import Foreground, choose_scale, find_foreground
 from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses, rms_spread
 from factorkit.nerfdiff.cameras.poses import framing_distance
+from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.rays import CameraModel, same_aspect_ratio
 from factorkit.utils.errors import ConfigError, DataError
 
 MIN_COLOR_STD = 2e-3  # half a step of 8 bits: views with a smaller standard deviation are empty
 INTRINSICS_TOLERANCE = 0.01  # difference of focal lengths and centres, relative to the image's side
+MIN_INWARD_SHARE = 0.9  # of the cameras that look towards the centre, for a scene that surrounds it
 MIN_WEIGHT = 1e-6  # sum of weights below which nothing counts
 MIN_BLUR_PIXELS = 0.3  # a Gaussian narrower than this changes nothing visible
 
@@ -237,6 +240,31 @@ def view_poses(views: Views) -> Tensor:
     if views.poses is None:
         raise DataError("the views have no poses; predict them first")
     return views.poses
+
+
+def choose_unbounded(config: NerfdiffConfig, scene: Scene) -> Literal["yes", "no"]:
+    """Return whether the field covers all of space: as the settings say, else as cameras and images suggest.
+
+    Raises:
+        ConfigError: ``unbounded="yes"`` for a scene without known poses around it, or with Gaussians.
+    """
+    poses = scene.initial_poses if config.poses == "predicted" else scene.poses if config.poses == "known" else None
+    if config.unbounded != "auto":
+        problem = (
+            "these views are forward-facing, whose box reaches to infinity already"
+            if scene.layout == "forward"
+            else "it needs known poses, or those of structure from motion"
+            if poses is None
+            else 'Gaussians have no contracted space; use field="grid" or "hashgrid"'
+        )
+        if config.unbounded == "yes" and (scene.layout == "forward" or poses is None or config.field == "gaussians"):
+            raise ConfigError(f'unbounded="yes": {problem}, or give unbounded="no" (--unbounded no)')
+        return config.unbounded
+    is_object = scene.foreground is not None or config.background != "given"
+    if poses is None or scene.layout == "forward" or is_object or config.field == "gaussians":
+        return "no"
+    inwards = (poses[:, :3, 2] * poses[:, :3, 3]).sum(1) > 0
+    return "yes" if inwards.float().mean() >= MIN_INWARD_SHARE else "no"
 
 
 def gather_pixels(images: Tensor, pixels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from factorkit.engine.run_folder import CONFIG, check_claim, claimed, locked, re
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
-from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.scene import Scene, choose_unbounded
 from factorkit.nerfdiff.search_record import FILE, SearchRecord, Trial, judge_run, load_record, set_aside
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
 from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
@@ -231,7 +231,8 @@ def _try_sfm(
             _, scene, settings = request.prepare(found)
         except DataError as error:
             return None, Trial("sfm", None, f"{error}.")
-        check = Training(found.config, scene, request.folder / SFM_FOLDER / "check", settings, request.progress)
+        config = replace(found.config, unbounded=choose_unbounded(found.config, scene))
+        check = Training(config, scene, request.folder / SFM_FOLDER / "check", settings, request.progress)
         assert scene.initial_poses is not None
         cross = check.cross_fit("sfm", scene.initial_poses, scene).cross
     limit = MAX_CROSS[scene.layout]

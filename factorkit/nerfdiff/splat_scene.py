@@ -12,7 +12,7 @@ from torch import Tensor
 from factorkit.data.views.views import Views
 from factorkit.engine.config import resolve_device
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.cameras.paths import camera_path
+from factorkit.nerfdiff.cameras.poses import camera_path
 from factorkit.nerfdiff.export import SPLAT_SUFFIXES
 from factorkit.nerfdiff.export.splats import read_splats, save_splats
 from factorkit.nerfdiff.fields.gaussians import GaussianField
@@ -41,7 +41,7 @@ class SplatModel(NamedTuple):
 
 
 class SplatScene(RenderedScene):
-    """Gaussians from the .ply of any 3DGS training, in the coordinates of the file.
+    """Gaussians from a .spz or from the .ply of any 3DGS training, in the coordinates of the file.
 
     It renders and is written again; it predicts no poses and samples no views. ``poses`` are eight cameras around the
     Gaussians, which also define the paths.
@@ -49,7 +49,8 @@ class SplatScene(RenderedScene):
     Args:
         path: the file.
         device: as :func:`factorkit.load` takes it.
-        up: axis that points up; "z" as factorkit writes them, "-y" in most files of trainings on COLMAP's cameras.
+        up: axis that points up; "-y" in most .ply of trainings on COLMAP's cameras. None: "z" as factorkit writes
+            them, and "y" of a .spz.
 
     Raises:
         DataError: the file is missing, truncated or holds something else.
@@ -58,10 +59,13 @@ class SplatScene(RenderedScene):
 
     model: SplatModel
 
-    def __init__(self, path: str | os.PathLike[str], *, device: str | torch.device = "auto", up: Up = "z") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, device: str | torch.device = "auto", up: Up | None = None
+    ) -> None:
+        self.path = Path(path)
+        up = up or ("y" if self.path.suffix.lower() == ".spz" else "z")
         if up not in UP:
             raise ConfigError(f"up={up!r} is unknown; choose one of {', '.join(UP)}")
-        self.path = Path(path)
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         field = read_splats(self.path).to(self.device)
         self.from_orbit, distance = _frame(field, up)

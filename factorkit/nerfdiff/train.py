@@ -21,10 +21,10 @@ from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
-from factorkit.nerfdiff.previews.files import save_masks
+from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
+from factorkit.nerfdiff.scene import Scene, choose_unbounded, open_scene, require_poses
 from factorkit.nerfdiff.search import (
     PoseSearch,
     RunRequest,
@@ -240,7 +240,7 @@ class _StageTimer(Training):
 def choose_capture_settings(
     config: NerfdiffConfig, scene: Scene, stored: Mapping[str, Any] = MappingProxyType({})
 ) -> NerfdiffConfig:
-    """Return the configuration with ``optimize_camera`` and ``ordered`` chosen by the views where they are open.
+    """Return the configuration with what is open chosen by the views: ``optimize_camera``, ``ordered``, ``unbounded``.
 
     The choice of ``stored`` settings, those of a run that is resumed, stays.
     """
@@ -258,7 +258,10 @@ def choose_capture_settings(
         ordered = stored.get("ordered", "no")
     if ordered == "auto":
         ordered = "yes" if searched and find_order(scene) is not None else "no"
-    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered)
+    if config.unbounded == "auto" and "scene" in stored:
+        config = dataclasses.replace(config, unbounded=stored["unbounded"])
+    unbounded = choose_unbounded(config, scene)
+    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
 def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
@@ -277,7 +280,12 @@ def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
     if config.ordered == "yes":
         source = "the times in their EXIF data" if find_order(scene) == "times" else "their names"
         notes.append(f"The views are taken as one turn around the object in the order of {source} (--ordered no).")
-    if scene.layout == "object" and scene.foreground is None and config.background == "given":
+    if config.unbounded == "yes":
+        notes.append(
+            "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "
+            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone)."
+        )
+    elif scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(
             "The views have neither masks nor a background of one colour: it is taken for black. Give masks (--masks), "
             'or background="learned" or "field" (--background).'
@@ -319,11 +327,6 @@ def _prepare(
     if config.field == "gaussians":
         needed, what = config.num_gaussians * TRAINING_BYTES, f"num_gaussians={config.num_gaussians}: they"
         require_memory(needed, device, what, "train fewer")
-    if scene.layout == "forward" and config.field == "gaussians":
-        raise ConfigError(
-            'field="gaussians" needs views around an object; these are forward-facing, whose scene is warped. Use '
-            'field="grid", or layout="object" if the cameras surround the scene'
-        )
     if scene.layout == "forward" and config.pose_parameters:
         raise ConfigError(
             f"optimize_camera={config.optimize_camera}: forward-facing cameras are optimised in all six degrees of "

@@ -177,7 +177,9 @@ def complete_settings(settings: dict[str, Any], folder: Path, requested: dict[st
     settings = {"ordered": "no", **settings}
     scene = settings.get("scene")
     if scene is None:  # claimed before structure from motion
-        return settings | {name: requested[name] for name in ("scene", "search", "ordered", "optimize_camera")}
+        return settings | {
+            name: requested[name] for name in ("scene", "search", "ordered", "optimize_camera", "unbounded")
+        }
     if not isinstance(scene, dict) or "intrinsics" in scene:
         return settings
     stored = None

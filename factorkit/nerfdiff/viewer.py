@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
-from factorkit.nerfdiff.fields.base import ImageField, field_device, occupied_sampling
+from factorkit.nerfdiff.export.shapes import MAX_DEPTH, point_cloud
+from factorkit.nerfdiff.fields.base import ImageField, field_device, viewer_sampling
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.rays import CameraModel, limit_depth, render_views
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import MAX_DIRECTION_Z, image_rays
-from factorkit.rendering.render import Field, OccupancySampling, render
+from factorkit.rendering.render import Field, Sampling, render
 from factorkit.report.image_grid import palette
 from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.images import images_to_pixels, unit_to_uint8
@@ -227,7 +227,7 @@ class RenderThread:
 
     def _work(self) -> None:
         scene: ViewerScene | None = None
-        sampling: OccupancySampling | None = None
+        sampling: Sampling | None = None
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._closed or (self._waiting and self._scene is not None))
@@ -238,10 +238,10 @@ class RenderThread:
                 if scene is not self._scene:
                     scene, sampling = self._scene, None
             if sampling is None:
-                sampling = occupied_sampling(scene.field, scene.lower, scene.upper)
+                sampling = viewer_sampling(scene.field, scene.lower, scene.upper)
             self._render_for(client, scene, sampling, version)
 
-    def _render_for(self, client: Any, scene: ViewerScene, sampling: OccupancySampling, version: int) -> None:
+    def _render_for(self, client: Any, scene: ViewerScene, sampling: Sampling, version: int) -> None:
         """Send renders of growing size until one is out of date; the first one is always sent."""
         camera = client.camera
         pose = from_viser(camera.wxyz, camera.position)
@@ -260,7 +260,7 @@ class RenderThread:
 @torch.no_grad()
 def render_viewpoint(
     scene: ViewerScene,
-    sampling: OccupancySampling,
+    sampling: Sampling,
     pose: Tensor,
     fov: float,
     height: int,

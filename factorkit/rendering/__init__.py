@@ -2,6 +2,7 @@
 
 from factorkit.rendering.cameras import (
     Rays,
+    contract,
     from_ndc,
     image_rays,
     intrinsics_from_fov,
@@ -9,16 +10,20 @@ from factorkit.rendering.cameras import (
     ndc_rays,
     orbit,
     pixel_rays,
+    uncontract,
 )
 from factorkit.rendering.occupancy import OccupancyGrid
-from factorkit.rendering.render import OccupancySampling, Rendered, UniformSampling, render
+from factorkit.rendering.render import OccupancySampling, Rendered, Sampling, UnboundedSampling, UniformSampling, render
 
 __all__ = [
     "OccupancyGrid",
     "OccupancySampling",
     "Rays",
     "Rendered",
+    "Sampling",
+    "UnboundedSampling",
     "UniformSampling",
+    "contract",
     "from_ndc",
     "image_rays",
     "intrinsics_from_fov",
@@ -27,4 +32,5 @@ __all__ = [
     "orbit",
     "pixel_rays",
     "render",
+    "uncontract",
 ]

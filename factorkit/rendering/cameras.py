@@ -141,6 +141,23 @@ def from_ndc(points: Tensor, intrinsics: Tensor, height: int, width: int, near: 
     return torch.stack([x * depth / scale_x, y * depth / scale_y, -depth], dim=-1)
 
 
+# Contraction (Barron et al. 2022, eq. 10, with the maximum norm, whose unit ball is a cube as the field's box is) maps
+# all of space to the box [-1, 1]^3: the cube [-1, 1]^3 to its middle, at half the scale, and the rest around that.
+MAX_CONTRACTED = 1 - 1e-6  # of a coordinate, beyond which a position counts as this far away
+
+
+def contract(positions: Tensor) -> Tensor:
+    """Map positions [..., 3] anywhere to the box [-1, 1]^3; differentiable."""
+    size = positions.abs().amax(-1, keepdim=True).clamp_min(1)
+    return positions * ((2 - 1 / size) / (2 * size))
+
+
+def uncontract(positions: Tensor) -> Tensor:
+    """Return the positions [..., 3] that :func:`contract` maps to these of the box; its faces are at infinity."""
+    size = 2 * positions.abs().amax(-1, keepdim=True).clamp(0.5, MAX_CONTRACTED)
+    return positions * (2 / (size * (2 - size)))
+
+
 def _scale(intrinsics: Tensor, height: int, width: int, near: float) -> Tensor:
     """Return twice the focal lengths in units of the image's sides, [..., 2]."""
     if not near > 0:

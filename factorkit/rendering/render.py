@@ -84,27 +84,92 @@ class UniformSampling:
     ) -> Intervals:
         """Compute intervals of rays [N, 3]; uniform edges carry gradients of the rays, fine ones are detached."""
         near, far = ops.intersect_box(origins, directions, self.lower, self.upper)
-        edges = near[:, None] + (far - near)[:, None] * self._unit_edges(near, seed, first_ray)
+        edges = near[:, None] + (far - near)[:, None] * _unit_edges(near, self.num_samples, seed, first_ray)
         coarse = _dense_intervals(edges)
         if not self.num_fine_samples:
             return coarse
         with torch.no_grad():
-            sigma = density(coarse)
-            black = sigma.new_zeros(*sigma.shape, 1)
-            weights = ops.composite(sigma, black, coarse.t_start, coarse.t_end, weights=True).weights
-            assert weights is not None
-            weights = weights.to(edges.dtype)
+            weights = _weights(density(coarse), coarse).to(edges.dtype)
             # One step more, of which only the inner edges are used: the outer ones are edges of the first pass.
             fine = ops.sample_pdf(
                 coarse.t_start, coarse.t_end, weights, self.num_fine_samples + 1, seed=seed, first_ray=first_ray
             )
         return _dense_intervals(torch.cat([edges, fine[:, 1:-1]], dim=1).sort(dim=1).values)
 
-    def _unit_edges(self, near: Tensor, seed: int | None, first_ray: int) -> Tensor:
-        if seed is None:
-            return torch.linspace(0, 1, self.num_samples + 1, dtype=near.dtype, device=near.device)
-        zero = torch.zeros_like(near)[:, None].detach()
-        return ops.sample_pdf(zero, zero + 1, zero + 1, self.num_samples, seed=seed, first_ray=first_ray)
+
+NEAR_SHARE = 0.05  # of a camera's distance from the centre, before which nothing is sampled
+RADIUS = 1.25  # of the ball around the centre, in which steps have one length
+FAR_FACTOR = 64.0  # of the far end of that ball, where the last step ends
+SEGMENT_ENDS = (0.125, 0.75, 1.0)  # of the steps: before the ball, within it, and beyond
+
+
+EVEN_SHARE = 0.2  # of the steps that the second pass spreads like the first, so that new surfaces are found
+
+
+@dataclass(frozen=True)
+class UnboundedSampling:
+    """Steps on every ray from near its origin to far away, for a scene in all of space, centred at the origin.
+
+    A first pass without gradient has equal steps before the ball of radius 1.25 about the origin, others within it, and
+    steps equal in disparity beyond. The steps that are returned lie where it has weight, as a proposal (Barron et al.
+    2022, section 3). Rays are curved in contracted space, so :func:`factorkit.ops.march_rays` does not apply.
+
+    Args:
+        num_samples: steps of either pass.
+    """
+
+    num_samples: int = 128
+
+    @property
+    def box(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Corners so far away that no origin is moved to them."""
+        return (-1e9,) * 3, (1e9,) * 3
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        density: Density,
+        seed: int | None,
+        first_ray: int = 0,
+        shift: Tensor | None = None,
+    ) -> Intervals:
+        """Compute intervals of rays [N, 3] with unit directions, without gradient."""
+        coarse = self.place_evenly(origins, seed, first_ray)
+        weights = _weights(density(coarse), coarse).to(coarse.t_start)
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+        weights = (1 - EVEN_SHARE) * weights + EVEN_SHARE / self.num_samples
+        edges = ops.sample_pdf(coarse.t_start, coarse.t_end, weights, self.num_samples, seed=seed, first_ray=first_ray)
+        return _dense_intervals(edges)
+
+    def place_evenly(self, origins: Tensor, seed: int | None, first_ray: int = 0) -> Intervals:
+        """Return the steps of the first pass."""
+        distance = origins.norm(dim=1, keepdim=True)
+        near = NEAR_SHARE * distance
+        start, end = torch.maximum(distance - RADIUS, 2 * near), distance + RADIUS
+        unit = _unit_edges(distance[:, 0], self.num_samples, seed, first_ray)
+        first, second, _ = SEGMENT_ENDS
+        before = near + (start - near) * (unit / first)
+        within = start + (end - start) * ((unit - first) / (second - first))
+        beyond = end / (1 - (1 - 1 / FAR_FACTOR) * ((unit - second) / (1 - second)).clamp(0, 1))
+        return _dense_intervals(torch.where(unit < first, before, torch.where(unit < second, within, beyond)))
+
+
+def _weights(sigma: Tensor, steps: Intervals) -> Tensor:
+    """Return the weight of each dense step in the rendering of densities [N, S]."""
+    black = sigma.new_zeros(*sigma.shape, 1)
+    weights = ops.composite(sigma, black, steps.t_start, steps.t_end, weights=True).weights
+    assert weights is not None
+    return weights
+
+
+def _unit_edges(near: Tensor, count: int, seed: int | None, first_ray: int) -> Tensor:
+    """Return the edges of steps from 0 to 1, [count + 1] if they are even, [N, count + 1] if jittered by a seed."""
+    if seed is None:
+        return torch.linspace(0, 1, count + 1, dtype=near.dtype, device=near.device)
+    zero = torch.zeros_like(near)[:, None].detach()
+    return ops.sample_pdf(zero, zero + 1, zero + 1, count, seed=seed, first_ray=first_ray)
 
 
 @dataclass(frozen=True)
@@ -175,6 +240,9 @@ class OccupancySampling:
         return Intervals(samples.t_start, samples.t_end, samples.ray_offsets, samples.ray, samples.wanted)
 
 
+Sampling = UniformSampling | OccupancySampling | UnboundedSampling
+
+
 def _dense_intervals(edges: Tensor) -> Intervals:
     count = edges.new_full((), edges[:, 1:].numel(), dtype=torch.int64)
     return Intervals(edges[:, :-1], edges[:, 1:], None, None, count)
@@ -200,7 +268,7 @@ class Rendered(NamedTuple):
 def render(
     field: Field,
     rays: Rays,
-    sampling: UniformSampling | OccupancySampling,
+    sampling: Sampling,
     *,
     background: Tensor | None = None,
     early_stop: float = 0.0,

@@ -17,6 +17,7 @@ from factorkit.data.prepare import prepare
 from factorkit.engine.config import autocast
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
+from factorkit.segdiff.backbones import UNetBackbone
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import score_foreground_regions
 from factorkit.segdiff.inference.segment import hard_labels, level_labels, predict_masks
@@ -86,6 +87,8 @@ class Trainings:
     def settings(self) -> dict[str, Any]:
         """The settings that override the preset."""
         changes = _GPU if self.setup.scale == "gpu" else {}
+        if self.setup.changes.get("backbone", "unet") != "unet":
+            changes = {key: value for key, value in changes.items() if key not in UNetBackbone.OWN}
         return {**changes, "device": self.setup.device, **self.setup.options, **self.setup.changes}
 
     def config(self, **changes: Any) -> ResolvedSegdiffConfig:
@@ -144,7 +147,9 @@ def list_our_models(trainings: Trainings) -> list[OurModel]:
         return [OurModel(thesis, "ours", {}), *changes]
     row = {"auto": objects, "network": network}.get(config.masks, f"ours, masks by {config.masks}")
     others = [] if config.masks == "network" else [OurModel(network, "network", {"masks": "network"})]
-    return [OurModel(row, "ours", {}), *others, OurModel(thesis, "thesis", {"form": "thesis", "masks": "network"})]
+    if config.backbone == "unet":  # the thesis' form is a U-Net
+        others.append(OurModel(thesis, "thesis", {"form": "thesis", "masks": "network"}))
+    return [OurModel(row, "ours", {}), *others]
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
-from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
-from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
-from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.training_images import DATA_NAME, describe_data, hold_out, load_data
+from factorkit.utils.errors import ConfigError
 from factorkit.utils.files import save_image
 from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
@@ -37,7 +37,6 @@ from factorkit.utils.rng import BatchDraw
 CHOICE_FILE, GRID_FILE = "choice.json", "regions.png"
 MIN_IMPROVEMENT = 0.02  # share of the error; see docs/results.md
 NUM_PREVIEW_IMAGES = 8
-MIN_IMAGES = 8
 #: the U-Net is built but not trained, so it is tiny; a mixture converges within some hundred steps
 SETTINGS: dict[str, Any] = {
     "preset": "fast32",
@@ -156,15 +155,8 @@ def choose_regions(
     changes: dict[str, Any] = {"resolution": resolution, "random_flip": random_flip, "steps": steps, "device": device}
     configs = [preset_config(**SETTINGS, **changes, holdout=holdout, regions=k).resolved() for k in candidates]
     torch_device, folder = resolve_device(device), Path(out)
-    dataset, prepared, probes = load_data(data, configs[0], progress)
-    images: np.ndarray = prepared.images
-    if len(images) < MIN_IMAGES:
-        raise DataError(
-            f"{format_count(len(images), 'image')}: too few to train on some and evaluate others; give {MIN_IMAGES}"
-        )
-    if dataset.test_images is None or len(dataset.test_images) < 2:
-        held_out = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images) // 4)).round().astype(int)
-        probes, images = images[held_out], np.delete(images, held_out, 0)
+    dataset, prepared, probes = load_data(data, resolution, holdout, None, progress)
+    images, probes = hold_out(dataset, prepared.images, probes)
     settings = {"model": "choose_regions", **configs[0].to_dict(), "data": describe_data(dataset, prepared)}
     with claimed(folder, settings, SegdiffConfig.RESUMABLE | {"regions", DATA_NAME}), cpu_threads(configs[0].threads):
         errors: dict[int, list[float]] = {}

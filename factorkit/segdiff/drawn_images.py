@@ -1,15 +1,17 @@
-"""Whether drawn images are images: their distance to photos, between that of other photos and that of noise.
+"""Whether drawn images are images: their distance to photos, and their grain; no labels, no weights from elsewhere.
 
-Without labels and without weights from elsewhere: distances are Fréchet distances in fixed random features
-(:mod:`factorkit.metrics.frechet`) to photos. The same number of other photos gives the best that can be reached, the
-same photos with their pixels in random order give noise of the right colours. The share of the way from the first to
-the second is 0 for perfect images and 1 for noise. It finds gross failures: images of half-trained runs, with the right
-colours under moderate grain, pass (docs/generation.md).
+The distance finds gross failures. It is a Fréchet distance in fixed random features (:mod:`factorkit.metrics.frechet`),
+as a share of the way from that of other photos (0) to that of photos with their pixels in random order (1).
+
+The grain finds images with the right colours under the noise that a half-trained network leaves. It is the deviation of
+the white noise that would give photos as much fine colour detail as drawn images have: the energy of the two finest
+diagonal Haar bands of the colour differences, where photos have little and white noise as much as in any other band.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,14 @@ from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_log
 from factorkit.utils.rng import derived_seed
 
-DRAWN_IMAGES = "drawn images"  # the check's name
+DRAWN_IMAGES, GRAIN = "drawn images", "grain of drawn images"  # names of the checks
+MAX_GRAIN = (
+    0.045  # of pixels in [0, 1]: photos below .01, after 200 steps .09; between .039 of images and .051 of noise
+)
+CHANCE_ERRORS = (
+    3  # standard errors of the energy of fine detail, as many photos as drawn images, below which it is chance
+)
+GRAY = 1e-3  # largest colour difference of photos without colour
 MAX_NOISE_SHARE = 0.5  # success .2-.35, untrained 3-7, a colour or the mean image 3-9, smooth blobs 1.1-2
 NUM_CHECKED = 32  # images drawn at the end of a training
 NUM_CHECK_STEPS = 10  # denoising steps of these
@@ -45,6 +54,8 @@ class DrawnScores:
         frechet_noise: that of these other photos with their pixels in random order.
         precision, recall: of the drawn images against the other photos.
         photos_precision, photos_recall: of reference photos, as many, in the place of the drawn images.
+        grain: deviation of the white noise by which the drawn images have more fine detail than the photos.
+        grain_by_chance: that which as many photos have by chance, since photos differ in their fine detail.
     """
 
     images: int
@@ -55,22 +66,32 @@ class DrawnScores:
     recall: float
     photos_precision: float
     photos_recall: float
+    grain: float
+    grain_by_chance: float
 
     @property
     def noise_share(self) -> float:
         """Share of the way from photos (0) to noise (1)."""
         return (self.frechet - self.frechet_photos) / max(self.frechet_noise - self.frechet_photos, 1e-9)
 
-    def check(self) -> Check:
-        """Return the alarm of images that are noise."""
-        failure = (
+    def checks(self) -> list[Check]:
+        """Return the alarms of images that are noise."""
+        distance = (
             f"drawn images are noise: their distance to the photos is {self.frechet:.3f}, beyond the middle between "
             f"{self.frechet_photos:.3f} of other photos and {self.frechet_noise:.3f} of shuffled pixels"
         )
-        failed = self.noise_share > MAX_NOISE_SHARE
-        return Check(
-            DRAWN_IMAGES, self.noise_share, high=MAX_NOISE_SHARE, failures=(failure,) if failed else (), decisive=False
+        max_grain = max(MAX_GRAIN, self.grain_by_chance)
+        grain = (
+            f"{GRAIN}: they have the fine detail of photos under white noise of deviation {self.grain:.3f} (pixels in "
+            f"[0, 1]; at most {max_grain:.3f}); train for more steps"
         )
+        return [
+            Check(name, value, high=high, failures=(failure,) if value > high else ())
+            for name, value, high, failure in (
+                (DRAWN_IMAGES, self.noise_share, MAX_NOISE_SHARE, distance),
+                (GRAIN, self.grain, max_grain, grain),
+            )
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures by name."""
@@ -103,6 +124,7 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
     photos, own, other, shuffled = map(random_features, (reference, drawn, others, noise))
     precision, recall = precision_recall(other, own)
     photos_precision, photos_recall = precision_recall(other, photos[: len(own)])
+    grain, grain_by_chance = measure_grain(drawn, torch.cat([reference, others]))
     return DrawnScores(
         images=len(drawn),
         frechet=frechet_distance(own, photos),
@@ -112,28 +134,62 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
         recall=recall,
         photos_precision=photos_precision,
         photos_recall=photos_recall,
+        grain=grain,
+        grain_by_chance=grain_by_chance,
     )
 
 
-def log_check(folder: Path, step: int, check: Check) -> None:
-    """Add a check to the newest alarms of a run, or replace it there."""
+def measure_grain(drawn: Tensor, photos: Tensor) -> tuple[float, float]:
+    """Return the grain of ``drawn``, and that of as many photos by chance; both [n, 3, R, R] in [0, 1], R at least 4.
+
+    Both are deviations of white noise. Fine detail of photos without colour is that of their brightness.
+    """
+    colored = bool(_color_differences(photos).abs().max() > GRAY)
+    energies, usual = (
+        _fine_energies(_color_differences(images) if colored else images.mean(1, keepdim=True))
+        for images in (drawn, photos)
+    )
+    error = float(usual.std()) * (1 / len(drawn) + 1 / len(photos)) ** 0.5
+    return max(0.0, float(energies.mean() - usual.mean())) ** 0.5, (CHANCE_ERRORS * error) ** 0.5
+
+
+def _color_differences(images: Tensor) -> Tensor:
+    """Return the two orthonormal directions across grey, [n, 2, R, R]."""
+    r, g, b = images.unbind(1)
+    return torch.stack([(r - g) / 2**0.5, (r + g - 2 * b) / 6**0.5], dim=1)
+
+
+def _fine_energies(images: Tensor) -> Tensor:
+    """Return the mean square of the two finest diagonal Haar bands of each image; for white noise its variance."""
+    energies = []
+    for _ in range(2):
+        images = images[..., : images.shape[-2] // 2 * 2, : images.shape[-1] // 2 * 2]
+        a, b, c, d = (images[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
+        energies.append(((a - b - c + d) / 2).square().double().mean((1, 2, 3)))
+        images = (a + b + c + d) / 2
+    return torch.stack(energies).mean(0)
+
+
+def log_drawn_checks(folder: Path, step: int, added: Sequence[Check]) -> None:
+    """Add the checks of drawn images to the newest alarms of a run, in the place of earlier ones."""
     alarms, _ = judged_alarms(read_log(folder))
     alarms = alarms if alarms is not None and alarms["step"] == step else {}
-    checks = [record for record in alarms.get("checks", ()) if record.get("name") != check.name]
-    failures = [failure for failure in alarms.get("failures", ()) if not failure.startswith(check.name)]
-    added = log_checks([check])
+    names = (DRAWN_IMAGES, GRAIN)
+    checks = [record for record in alarms.get("checks", ()) if record.get("name") not in names]
+    failures = [failure for failure in alarms.get("failures", ()) if not failure.startswith(names)]
+    new = log_checks(added)
     fields = {key: value for key, value in alarms.items() if key not in ("event", "time", "step")}
-    fields |= {"checks": checks + added["checks"], "failures": failures + added["failures"]}
+    fields |= {"checks": checks + new["checks"], "failures": failures + new["failures"]}
     with RunLog(folder) as log:
         log.event("alarms", step=step, **fields)
 
 
-def skip_check(step: int, photos: int) -> Check | None:
-    """Return the check of a run of too few training steps or photos to be judged by drawn images; None for others."""
+def skip_checks(step: int, photos: int) -> list[Check]:
+    """Return the check of a run of too few training steps or photos to be judged by drawn images; [] for others."""
     if step < MIN_JUDGED_STEPS:
         reason = f"since {format_count(step, 'step')} of training are fewer than {MIN_JUDGED_STEPS}"
     elif photos < 2 * MIN_CHECKED:
         reason = f"since {format_count(photos, 'photo')} are fewer than {2 * MIN_CHECKED}"
     else:
-        return None
-    return Check(DRAWN_IMAGES, not_run=reason)
+        return []
+    return [Check(DRAWN_IMAGES, not_run=reason)]

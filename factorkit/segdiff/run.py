@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import TrainedRun, check_plausible, read_weights, write_json
-from factorkit.metrics.frechet import compute_fid
-from factorkit.metrics.inception import find_weights
+from factorkit.engine.run_folder import TrainedRun, load_trained, select_settings, write_json
+from factorkit.metrics.frechet import compute_fid, find_weights
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
-from factorkit.segdiff.drawn_images import choose_photos, log_check, score_drawn, skip_check
+from factorkit.segdiff.drawn_images import choose_photos, log_drawn_checks, score_drawn, skip_checks
 from factorkit.segdiff.editing.editor import Editor
 from factorkit.segdiff.evaluate import score_labelled_images, share_images
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import hard_labels, predict_masks
 from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
+from factorkit.segdiff.latents import read_space
+from factorkit.segdiff.network import PixelSpace
 from factorkit.segdiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, Frame, Generation, draw_images
 from factorkit.utils import distributed
-from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.errors import ConfigError
 from factorkit.utils.files import read_log, timeline
 from factorkit.utils.images import signed_to_unit
 
@@ -42,9 +42,11 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         device: torch.device,
         step: int,
         folder: Path | None = None,
+        space: PixelSpace | None = None,
     ):
         super().__init__(config, model, device)
         self.step, self.folder = step, folder
+        self.model.space = space or self.model.space
 
     @classmethod
     def load(
@@ -69,9 +71,14 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             2
         """
         path = Path(path)
-        config, model, step = load_model(path, weights)
+        config, model, step = load_trained(path, cls.MODEL, weights, read_config)
         torch_device = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, torch_device, step, path if path.is_dir() and weights == "average" else None)
+        space = read_space(path) if config.latent_channels else None
+        folder = path if path.is_dir() and weights == "average" else None
+        return cls(config, model, torch_device, step, folder, space)
+
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        return super()._stored_tensors() | self.model.space.tensors()
 
     def generate(
         self,
@@ -172,7 +179,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             size: side in pixels at which to score; None: the resolution of the model.
             quality: as for :meth:`segment`.
             nesting: number of classes at each level of nested labels (label 3 i + j of (3, 3) is part j of class i):
-                score each level by :func:`~factorkit.metrics.class_matching.nested_accuracy` instead.
+                score each level by :func:`~factorkit.metrics.segmentation.nested_accuracy` instead.
 
         Raises:
             ConfigError: ``num_fit_images`` leaves nothing to score, t out of range, a plain DDPM, or over 12 regions.
@@ -208,10 +215,10 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
 
         Distances are Fréchet distances in fixed random features, so they compare equal numbers of images of one data
         set alone (:mod:`factorkit.metrics.frechet`). A run folder keeps the scores in ``generation.json``; its verdict
-        and log have the alarm ``drawn images``.
+        and log have the alarms on them.
 
         Args:
-            images: photos, as for :meth:`segment`; best those of the training. A half at most stands in for drawn
+            images: photos, as for :meth:`segment`; best those of the training. A half at most replaces drawn
                 images.
             n: images to draw, at most half as many as there are photos.
             sampler, steps, seed: as for :meth:`generate`.
@@ -220,7 +227,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             The figures of :class:`~factorkit.segdiff.drawn_images.DrawnScores` and ``noise_share``; for a run with
             regions ``mask_agreement``, the share of pixels to which segmenting a drawn image gives the region that it
             was drawn with, and ``mask_agreement_by_chance``, that of another image's regions; ``fid`` where Inception's
-            weights are (:mod:`factorkit.metrics.inception`); ``training_seconds`` of a run folder.
+            weights are (:mod:`factorkit.metrics.frechet`); ``training_seconds`` of a run folder, with its stages.
 
         Raises:
             ConfigError: an unknown sampler, or steps out of range.
@@ -240,12 +247,14 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         if find_weights() is not None:
             scores["fid"] = compute_fid(photos[others], drawn.images, self.device)
         if (folder := self.folder) is not None:
-            scores["training_seconds"] = sum(e.get("seconds") or 0 for e in timeline(read_log(folder), "step"))
-            check = skip_check(self.step, len(photos)) or drawn_scores.check()
+            folders = [folder, *sorted(folder.glob("stages/*"))]
+            events = [event for each in folders for event in timeline(read_log(each), "step")]
+            scores["training_seconds"] = sum(event.get("seconds") or 0 for event in events)
+            checks = skip_checks(self.step, len(photos)) or drawn_scores.checks()
 
             def write() -> None:
                 write_json(folder / "generation.json", scores)
-                log_check(folder, self.step, check)
+                log_drawn_checks(folder, self.step, checks)
 
             distributed.run_on_first(write)
         return scores
@@ -297,28 +306,6 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
 
 
-def load_model(path: Path, weights: str | float) -> tuple[ResolvedSegdiffConfig, SegdiffModel, int]:
-    """Load settings, model and step; nothing is allocated before the settings are known to be plausible.
-
-    Raises:
-        CheckpointError: nothing there, damaged, or not a segdiff model.
-        ConfigError: unknown ``weights``.
-    """
-    tensors, meta = read_weights(path, "segdiff", weights)
-    fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
-    try:
-        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
-        check_plausible(path, tensors, regions=math.prod(config.nesting), **config.make_backbone().counts())
-        with torch.device("meta"):
-            model = config.build()
-        own = model.state_dict()
-        for name, tensor in tensors.items():  # assigned, not copied: another precision would reach the operations
-            if name in own and tensor.is_floating_point():
-                tensors[name] = tensor.to(own[name].dtype)
-        model.load_state_dict(tensors, assign=True)
-        step = int(meta["step"])
-    except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {error}") from error
-    return config, model, step
+def read_config(meta: Mapping[str, Any]) -> ResolvedSegdiffConfig:
+    """Return the configuration of stored settings."""
+    return SegdiffConfig.from_dict(select_settings(SegdiffConfig, meta)).resolved()

@@ -21,10 +21,11 @@ from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
 from factorkit.segdiff.masks.spatial_mixture import noise_error, unexplained_noise
-from factorkit.segdiff.network import FactorizedDenoiser
+from factorkit.segdiff.network import FactorizedDenoiser, PixelSpace
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
@@ -35,14 +36,49 @@ NUM_PREVIEW_IMAGES = 8
 PREVIEW_SAMPLER, NUM_PREVIEW_STEPS = "ddim", 25  # of the generated images
 
 
-class SegdiffTask:
-    """Train by denoising alone: add noise, predict v or eps, weigh the squared error.
+class ImageTask:
+    """What tasks that train on images share.
 
     Args:
+        model: to train.
         images: uint8 [N, R, R, 3], usually a memory map.
         probes: uint8 [M, R, R, 3], M >= 2, images for previews and alarms, held-out ones if there are any.
         device: where to train; the images are kept there too if it is a GPU with enough memory.
+    """
+
+    def __init__(self, model: nn.Module, images: np.ndarray, probes: np.ndarray, device: torch.device):
+        self.model, self.device, self.size = model, device, len(images)
+        self.images = move_if_it_fits(images, device)
+        self.capturable = isinstance(self.images, Tensor)
+        self.probes = pixels_to_signed(torch.from_numpy(np.array(probes[:NUM_PROBES])))
+
+    def _draw_images(self, indices: Tensor, draw: BatchDraw, random_flip: bool) -> Tensor:
+        """Return the images [B, 3, R, R], half of them mirrored if ``random_flip``."""
+        images, flip = pixels_to_signed(self._gather(indices)), draw.uniform() < 0.5
+        return torch.where(flip[:, None, None, None], images.flip(3), images) if random_flip else images
+
+    def _gather(self, indices: Tensor) -> Tensor:
+        if isinstance(self.images, Tensor):
+            return self.images[indices.to(self.images.device)].to(self.device)
+        # Read a memory map in order.
+        order = np.argsort(indices.numpy(), kind="stable")
+        rows = self.images[indices.numpy()[order]][np.argsort(order, kind="stable")]
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def choose_probes(self, count: int) -> Tensor:
+        """Return ``count`` of the probes, evenly spaced, so that a folder sorted by class shows all classes."""
+        chosen = torch.linspace(0, len(self.probes) - 1, min(count, len(self.probes))).round().long()
+        return self.probes[chosen].to(self.device)
+
+
+class SegdiffTask(ImageTask):
+    """Train by denoising alone: add noise, predict v or eps, weigh the squared error.
+
+    Args:
+        images, probes, device: as of :class:`ImageTask`.
+            In a space of latents, the images are theirs: fp16 [N, V, C, h, w], with those of mirror images if V is 2.
         labels: int64 [N], -1 where an image has none, for a configuration with classes.
+        space: in which the model denoises; None: pixels.
     """
 
     def __init__(
@@ -52,15 +88,14 @@ class SegdiffTask:
         probes: np.ndarray,
         device: torch.device,
         labels: np.ndarray | None = None,
+        space: PixelSpace | None = None,
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
-        self.config, self.device, self.size = config, device, len(images)
-        self.model: nn.Module = config.build()
-        self.schedule = config.build_schedule(device)
+        model = config.build()
+        model.space = space or model.space
+        super().__init__(model, images, probes, device)
+        self.config, self.schedule = config, config.build_schedule(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
-        self.images = move_if_it_fits(images, device)
-        self.capturable = isinstance(self.images, Tensor)
-        self.probes = pixels_to_signed(torch.from_numpy(np.array(probes[:NUM_PROBES])))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return two groups: the mask proposer learns at a rate of its own.
@@ -99,29 +134,24 @@ class SegdiffTask:
 
     def _draw_batch(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, Tensor, Tensor]:
         """Return the images [B, 3, R, R], their noise, and time steps [B]."""
-        config, x0 = self.config, pixels_to_signed(self._gather(indices))
-        flip = draw.uniform() < 0.5
-        if config.random_flip:
-            x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+        config, x0 = self.config, self._draw_images(indices, draw, self.config.random_flip)
         t = draw.integers(0, config.t_max)
         if config.high_noise_fraction:
             high = draw.uniform() < config.high_noise_fraction
             t = torch.where(high, draw.integers(config.t_max, config.timesteps), t)
         return x0, draw.normal(*x0.shape[1:]), t
 
+    def _draw_images(self, indices: Tensor, draw: BatchDraw, random_flip: bool) -> Tensor:
+        if not self.config.latent_channels:
+            return super()._draw_images(indices, draw, random_flip)
+        views, flip = self._gather(indices).float(), draw.uniform() < 0.5
+        return torch.where(flip[:, None, None, None], views[:, -1], views[:, 0])
+
     def _draw_labels(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
         """Return the labels of the images with some dropped; nothing for a model without classes."""
         if self.labels is None:
             return ()
         return (torch.where(draw.uniform() < self.config.label_dropout, -1, self.labels[indices.to(self.device)]),)
-
-    def _gather(self, indices: Tensor) -> Tensor:
-        if isinstance(self.images, Tensor):
-            return self.images[indices.to(self.images.device)].to(self.device)
-        # Read a memory map in order.
-        order = np.argsort(indices.numpy(), kind="stable")
-        rows = self.images[indices.numpy()[order]][np.argsort(order, kind="stable")]
-        return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _watch(self, masks: Tensor) -> dict[str, Tensor]:
         if self.config.num_leaf_regions == 1:
@@ -149,15 +179,14 @@ class SegdiffTask:
             signed_to_pixels(generated.images), generated.bottleneck.masks.float().cpu().numpy()
         )
         save_image(grid, folder / f"{step:06d}_generated.png")
-        # Evenly spaced, so that a folder sorted by class shows all classes.
-        chosen = torch.linspace(0, len(self.probes) - 1, min(count, len(self.probes))).round().long()
-        images = self.probes[chosen].to(self.device)
-        x_t, t = add_noise(images, config.segment_t, self.schedule)
+        images = self.choose_probes(count)
+        network = cast(SegdiffModel, model)
+        x_t, t = add_noise(network.space.encode(images), config.segment_t, self.schedule)
         regions = model(x_t, t).bottleneck
         branches = None
         if regions.branches is not None:
             estimates = estimate_branches(config.prediction, self.schedule, x_t, regions.branches, t)
-            branches = np.stack([signed_to_pixels(b) for b in estimates.unbind(1)], 1) / 255.0
+            branches = np.stack([signed_to_pixels(network.space.decode(b)) for b in estimates.unbind(1)], 1) / 255.0
         masks, nesting = predict_masks(model, images, config.segment_t, self.schedule), config.nesting
         leaf_labels = hard_labels(masks, nesting)
         levels = [level_labels(leaf_labels, nesting, level + 1).numpy() for level in range(len(nesting))]

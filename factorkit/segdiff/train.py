@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from factorkit.data.classes import Classes, read_classes
-from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
-from factorkit.data.prepare import PreparedImages, prepare
+from factorkit.data.datasets import Dataset
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import CONFIG, RunLog, claimed, copy_folder, read_object, read_settings, write_json
 from factorkit.engine.trainer import Trainer
+from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
+    GRAIN,
     NUM_CHECK_STEPS,
     NUM_CHECKED,
     choose_photos,
-    log_check,
+    log_drawn_checks,
     score_drawn,
-    skip_check,
+    skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
+from factorkit.segdiff.latents import (
+    COPY_NAME,
+    LatentSpace,
+    hash_autoencoder,
+    open_autoencoder,
+    read_space,
+    store_space,
+)
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
 from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
+from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.training_images import DATA_NAME, describe_data, load_data
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
@@ -49,8 +60,6 @@ from factorkit.utils.images import pixels_to_images
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
-
-DATA_NAME = "data.name"  # of a run's settings: the data's folder or file, which may move between resumes
 
 
 def train_segdiff(
@@ -106,7 +115,8 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
-    given, note = settle_masks(preset_config(preset, **changes), folder)
+    given, autoencoder = settle_latents(preset_config(preset, **changes), folder)
+    given, note = settle_masks(given, folder)
     config = given.resolved()
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
@@ -118,7 +128,9 @@ def train_segdiff(
     if progress and note:
         distributed.run_on_first(lambda: print(note, file=sys.stderr))
     with distributed.first_on_machine():
-        dataset, prepared, probes = load_data(data, config, progress)
+        dataset, prepared, probes = load_data(
+            data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
+        )
     image_classes = find_classes(classes, dataset, prepared.names)
     labels = None
     if image_classes is not None:
@@ -126,9 +138,20 @@ def train_segdiff(
         labels = image_classes.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
     settings["data"] = describe_data(dataset, prepared, labels)
+    if autoencoder is not None:
+        settings["autoencoder"] = hash_autoencoder(autoencoder)
+
+    @cache
+    def find_latents() -> tuple[LatentSpace | None, np.ndarray]:
+        if autoencoder is None:
+            return None, prepared.images
+        return encode_images(autoencoder, prepared.images, config.random_flip, folder, device)
 
     def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
-        task = SegdiffTask(config, prepared.images, probes, device, labels)
+        space, images = find_latents()
+        if space is not None and distributed.rank() == 0:
+            store_space(folder, space)
+        task = SegdiffTask(config, images, probes, device, labels, space)
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
             stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
@@ -148,6 +171,38 @@ def train_segdiff(
             score_run(run, dataset, baselines)
         judge_drawn_images(run, prepared.images)
     return run
+
+
+def settle_latents(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, Autoencoder | None]:
+    """Return the settings with the sizes of the latents, and the autoencoder of ``latent=``; None without one.
+
+    A run resumes with its copy if the autoencoder is no longer where it was.
+    """
+    if config.latent_channels or config.latent_factor != 1:
+        raise ConfigError(
+            "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
+        )
+    if config.latent is None:
+        return config, None
+    if not Path(config.latent).expanduser().exists() and (folder / COPY_NAME).exists():
+        autoencoder = read_space(folder).autoencoder
+    else:
+        autoencoder = open_autoencoder(config.latent)
+    sizes = autoencoder.sizes
+    channels = {"latent_channels": sizes.latent_channels, "latent_factor": sizes.downsample}
+    return dataclasses.replace(config, **channels), autoencoder
+
+
+def encode_images(
+    autoencoder: Autoencoder, images: np.ndarray, random_flip: bool, folder: Path, device: torch.device
+) -> tuple[LatentSpace, np.ndarray]:
+    """Return the space of a run in ``folder``, which it may store already, and the latents of its images, in fp16."""
+    if (folder / COPY_NAME).exists():
+        space = read_space(folder)
+    else:
+        space = LatentSpace(autoencoder)
+        space.measure(images, device)
+    return space, space.encode_all(images, random_flip, device).numpy()
 
 
 def settle_masks(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:
@@ -180,40 +235,23 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
 
 
 def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
-    """Add the alarm on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
+    """Add the alarms on drawn images to a finished run, unless its log has it; ``photos`` uint8 [N, R, R, 3]."""
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
-    if alarms.get("step") == run.step and any(check["name"] == DRAWN_IMAGES for check in alarms.get("checks", ())):
+    logged = {check["name"]: check["status"] for check in alarms.get("checks", ())}
+    if alarms.get("step") == run.step and (GRAIN in logged or logged.get(DRAWN_IMAGES) == "not run"):
         return
-    check = skip_check(run.step, len(photos))
-    if check is None:
+    checks = skip_checks(run.step, len(photos))
+    if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        check = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).check()
+        checks = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).checks()
 
     def write() -> None:
-        log_check(folder, run.step, check)
+        log_drawn_checks(folder, run.step, checks)
         write_report(folder)
 
     distributed.run_on_first(write)
-
-
-def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
-    """Return the data set, its training images at the model's resolution, and probe images for previews and alarms."""
-    if data is None:
-        dataset = make_procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
-    else:
-        dataset = open_dataset(data, holdout=config.holdout, mask_set=config.mask_set)
-    prepared = prepare(dataset.train, config.resolution, progress=progress)
-    probe_images = prepared
-    if dataset.test_images is not None and len(dataset.test_images) >= 2:
-        probe_images = prepare(dataset.test_images, config.resolution, progress=progress)
-    # Evenly spaced, so that a folder sorted by class shows all classes.
-    chosen = np.linspace(0, len(probe_images) - 1, min(NUM_PROBES, len(probe_images))).round().astype(int)
-    probes = probe_images.images[chosen]
-    if len(probes) < 2:
-        probes = np.concatenate([probes, probes])
-    return dataset, prepared, probes
 
 
 def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classes | None:
@@ -229,20 +267,6 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
         known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names or ()))
     return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
-
-
-def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
-    """Identify the training images by content: number, a hash of a sample of their pixels, and one of all labels.
-
-    The name of the folder or file is for people; a run resumes for the same images under any other (`DATA_NAME`).
-    """
-    digest = hashlib.sha256()
-    for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
-        digest.update(np.ascontiguousarray(prepared.images[i]))
-    description = {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
-    if labels is not None:
-        description["labels_sha256"] = hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:16]
-    return description
 
 
 def run_seed_trials(
@@ -300,7 +324,7 @@ def estimate(
         (the micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
-    config = preset_config(preset, **changes).resolved()
+    config = settle_latents(preset_config(preset, **changes), Path("."))[0].resolved()
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))
     device = resolve_device(config.device)
@@ -309,10 +333,12 @@ def estimate(
         count = min(count, 16 if config.resolution * config.model_channels <= 2048 else 1)
     trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
     shape = (max(2, count), config.resolution, config.resolution, 3)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = probes = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if config.latent_channels:
+        images = np.zeros((max(2, count), 1, config.latent_channels, config.side, config.side), np.float16)
     labels = None if classes is None else np.zeros(len(images), np.int64)
     before = peak_memory(device)
-    task = SegdiffTask(trial, images, images, device, labels)
+    task = SegdiffTask(trial, images, probes, device, labels)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)

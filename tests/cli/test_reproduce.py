@@ -48,6 +48,9 @@ def test_reproduce_prints_table_and_path(setups, run_cli, run_json, tmp_path):
     assert code == 0 and "37.5 +- 17.7" in out and "theirs (cited: a paper)" in out
     assert "seed 1" in err and f"table  {tmp_path / 'table9.1' / 'table.md'}" in out
     assert setups[0].options == {"ignore": 128, "holdout": 40} and setups[0].device == "auto"
+    assert setups[0].changes == {}
+    run_json("reproduce", "table9.1", "--seeds", 1, "--out", tmp_path / "uvit", "--backbone", "uvit")
+    assert setups.pop().changes == {"backbone": "uvit"}
     result = run_json(*words)
     assert result["folder"] == str(tmp_path / "table9.1") and len(setups) == 2
     assert result["rows"] == json.loads((tmp_path / "table9.1" / "table.json").read_text())["rows"]

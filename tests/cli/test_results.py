@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import make_procedural_dataset
+from factorkit.data import draw_flowers, make_procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.report.content import Verdict
 from factorkit.segdiff.inference.outputs import output_names
@@ -128,6 +128,31 @@ def test_plain_ddpm_generates_but_refuses_to_segment(photos, run_json, run_refus
 
 
 @pytest.mark.slow
+def test_evaluate_generation_beside_a_plain_ddpm(run, run_cli, run_json, run_refused, tmp_path, flags):
+    for i, image in enumerate(draw_flowers(34, 16, seed=2)[0]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i:02d}.png")
+    for name, changes in (("plain", {"regions": 1}), ("large", {"regions": 1, "resolution": 20})):
+        run_json(*flags(**changes, steps=2), "--data", tmp_path / "photos", "--out", tmp_path / name)
+    command = ("evaluate", run, "--generation", "--images", tmp_path / "photos")
+    code, out, err = run_cli(*command, "--ddpm", tmp_path / "plain")
+    assert code == 0, err
+    lines = out.splitlines()
+    rows = ["drawn images", "plain DDPM  ", "other photos", "shuffled    "]
+    assert [line[:12] for line in lines[1:5]] == rows and "not of equal compute" in out
+    own, plain = (json.loads((folder / "generation.json").read_text()) for folder in (run, tmp_path / "plain"))
+    assert f"{plain['frechet']:.3f}" in lines[2] and f"{own['frechet']:.3f}" in lines[1]
+    assert plain["images"] == own["images"] == 17 and "mask_agreement" not in plain and own["mask_agreement"] > 0
+    steps = [json.loads(line) for stage in ("", "stages/distil") for line in (run / stage / "log.jsonl").open()]
+    assert own["training_seconds"] > sum(event["seconds"] for event in steps if event["event"] == "step") > 0
+    assert own["grain"] > 0 and "fewer than 100" in out  # steps: noise of an untrained network, not judged
+    assert "--ddpm" in run_cli(*command)[1]
+    assert "regions=2" in run_refused(*command, "--ddpm", run)
+    assert "20 and 16 pixels" in run_refused(*command, "--ddpm", tmp_path / "large")
+    assert "--images" in run_refused("evaluate", run, "--generation")
+
+
+@pytest.mark.slow
 def test_evaluate_prints_table_and_stores_scores(run, photos, run_cli, run_json, run_refused):
     command = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
     code, out, _ = run_cli(*command, "--baselines")
@@ -183,7 +208,7 @@ def test_prepare_fills_cache_that_training_reads(photos, run_json, run_cli, tmp_
 def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp_path, small):
     monkeypatch.setitem(PRESETS, "demo", {**small, "masks": "network"})
     monkeypatch.setattr(
-        "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
+        "factorkit.segdiff.training_images.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
     )
     out = tmp_path / "demo"
     code, text, _ = run_cli("demo", "segdiff", "--out", out, "--seed", 3)

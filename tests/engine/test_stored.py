@@ -98,3 +98,12 @@ def test_migrate_settings_stored_files_have_only_settings_of_today(name, config,
 def test_migrate_settings_stored_before_transformers_have_the_unet(model, name, value):
     assert migrate_settings({"model": model}, "config.json")[name] == value
     assert migrate_settings({"model": model, name: "other"}, "config.json")[name] == "other"
+
+
+@pytest.mark.parametrize("masks", ["network", "mixture", "auto"])
+@pytest.mark.parametrize("model", ["segdiff", "supervised"])
+def test_migrate_settings_stored_cue_without_object_masks_is_dropped(model, masks):
+    migrated = migrate_settings({"model": model, "masks": masks, "cue_weight": 1.0}, "config.json")
+    assert migrated.get("cue_weight") == (1.0 if masks == "auto" else None)
+    requested = SegdiffConfig(masks=masks, cue_weight=1.0).resolved()
+    assert requested.cue_weight == (1.0 if masks == "auto" else None)

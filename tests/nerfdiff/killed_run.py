@@ -25,6 +25,7 @@ from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint, pipeline, pose_search, stage_training
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.rendering import orbit
 
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
@@ -33,6 +34,7 @@ RUNS = {
     "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
+    "room": ({"poses": "known", "unbounded": "yes"}, ["fit"]),
 }
 TINY = {
     "preset": "demo",
@@ -62,11 +64,11 @@ TINY = {
 FATAL = 5  # the step of a stage, of at least six, that the kill falls into or after: the first save is over by then
 
 
-def views() -> Views:
+def views(poses: bool) -> Views:
     """Ten images of noise; where their cameras are found does not matter, that it is the same place does."""
     images = torch.from_numpy(np.random.default_rng(0).random((10, 3, 8, 8), np.float32))
     intrinsics = torch.tensor([[12.0, 0, 4], [0, 12, 4], [0, 0, 1]]).expand(10, 3, 3)
-    return Views(images, [str(i) for i in range(10)], intrinsics)
+    return Views(images, [str(i) for i in range(10)], intrinsics, poses=orbit(10, 3.0, 20.0) if poses else None)
 
 
 def die_in(stage: str) -> None:
@@ -113,7 +115,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
                 setattr(module, image_grid, lambda *arguments, **options: None)
         if stage:
             die_in(stage)
-        train_nerfdiff(views(), out=out, **TINY | changes)
+        train_nerfdiff(views(changes.get("poses") == "known"), out=out, **TINY | changes)
         os._exit(0)
     except BaseException:
         import traceback

@@ -18,7 +18,7 @@ def test_train_killed_in_every_stage_resumes_bit_identically(tmp_path):
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kills = json.loads(done.stdout)
-    assert [k for k in kills if k.startswith("dictionary")][4] == "dictionary: refine again" and len(kills) == 14
+    assert [k for k in kills if k.startswith("dictionary")][4] == "dictionary: refine again" and len(kills) == 15
     for name in {k.split(":")[0] for k in kills}:
         whole, killed = (Checkpoints(tmp_path / name / kind / "checkpoints").latest() for kind in ("whole", "killed"))
         assert whole[1] == killed[1] and whole[0].keys() == killed[0].keys()

@@ -12,6 +12,7 @@ from factorkit.reproduce import list_experiments, segdiff_runs
 from factorkit.reproduce.experiment import CellUnavailableError, Setup
 from factorkit.reproduce.experiments import class_segmentation, zero_shot
 from factorkit.segdiff.config import preset_config
+from factorkit.utils.errors import ConfigError
 
 # All settings except those that distinguish the presets at the full scale.
 TINY = {
@@ -76,3 +77,15 @@ def test_full_scale_run_folders_name_the_preset(list_trainings, photos):
     assert {folder for folder, _ in list_trainings("fig2.9", photos)} == {"full-photos-ffhq64-ours-seed0"}
     birds, flowers = list_trainings("fig2.18", photos), list_trainings("table2.1", photos)
     assert birds[0] in flowers, "the presets of birds and flowers are the same settings"
+
+
+@pytest.mark.parametrize("scale", ["small", "gpu"])
+def test_trainings_of_a_transformer_leave_out_what_only_the_unet_has(scale, tmp_path):
+    setup = Setup("table2.6", None, scale, tmp_path, changes={"backbone": "uvit"})
+    trainings = segdiff_runs.Trainings(setup, "cub64")
+    models = segdiff_runs.list_our_models(trainings)
+    assert [model.label for model in models] == ["ours", "network"]
+    for changes in [model.changes for model in models] + [{"masks": "network", "decoding": "unshared"}]:
+        assert trainings.config(**changes).backbone == "uvit"
+    with pytest.raises(ConfigError, match="is a U-Net"):
+        segdiff_runs.Trainings(Setup("table2.6", None, "full", tmp_path, changes=setup.changes), "cub64").config()

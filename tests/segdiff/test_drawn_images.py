@@ -11,7 +11,18 @@ import torch
 from factorkit.data import draw_flowers
 from factorkit.engine.run_folder import RunLog
 from factorkit.report.content import Check, judged_alarms
-from factorkit.segdiff.drawn_images import DRAWN_IMAGES, NUM_CHECKED, choose_photos, log_check, score_drawn, skip_check
+from factorkit.segdiff.drawn_images import (
+    DRAWN_IMAGES,
+    GRAIN,
+    MAX_GRAIN,
+    NUM_CHECKED,
+    choose_photos,
+    log_drawn_checks,
+    measure_grain,
+    score_drawn,
+    skip_checks,
+)
+from factorkit.segdiff.train import judge_drawn_images
 from factorkit.segdiff.verdict import judge_regions
 from factorkit.utils.errors import DataError
 from factorkit.utils.files import read_log
@@ -29,8 +40,9 @@ def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     if kind == "photos":
         return pixels_to_images(draw_flowers(N, 32, seed=9)[0])
-    if kind == "slightly noised":
-        return make_drawn("photos", photos) + 0.05 * torch.randn(N, 3, 32, 32, generator=generator)
+    if kind in ("slightly noised", "grainy"):
+        deviation = 0.02 if kind == "slightly noised" else 0.08
+        return make_drawn("photos", photos) + deviation * torch.randn(N, 3, 32, 32, generator=generator)
     if kind == "noise":
         return torch.rand(N, 3, 32, 32, generator=generator)
     if kind == "noised":
@@ -47,6 +59,7 @@ def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
     [
         ("photos", True),
         ("slightly noised", True),
+        ("grainy", False),
         ("noise", False),
         ("noised", False),
         ("blobs", False),
@@ -57,12 +70,39 @@ def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
 def test_check_drawn_images_separates_photos_from_noise(photos, kind, passes):
     reference, others = choose_photos(len(photos), N)
     scores = score_drawn(make_drawn(kind, photos), photos[reference], photos[others])
-    check = scores.check()
-    assert (check.status == "passed") == passes, scores
+    distance, grain = scores.checks()
+    assert ({distance.status, grain.status} == {"passed"}) == passes, scores
     assert scores.frechet_photos < scores.frechet_noise and 0 <= scores.precision <= 1
-    assert not check.decisive  # images do not say whether masks are right
-    if not passes:
-        assert f"{scores.frechet:.3f}" in check.failures[0] and check.failures[0].startswith(DRAWN_IMAGES)
+    assert not distance.decisive and not grain.decisive  # images do not say whether masks are right
+    if kind == "grainy":
+        assert distance.status == "passed" and grain.failures[0].startswith(GRAIN)
+        assert f"{scores.grain:.3f}" in grain.failures[0]
+    elif not passes:
+        assert f"{scores.frechet:.3f}" in distance.failures[0] and distance.failures[0].startswith(DRAWN_IMAGES)
+
+
+@pytest.mark.parametrize("side", [16, 33])
+@pytest.mark.parametrize("kind", ["flowers", "gray", "stripes"])
+def test_measure_grain_noise_is_its_deviation_and_content_is_none(side, kind):
+    if kind == "stripes":  # as much fine detail as pixels can have, but in all photos
+        base = (torch.arange(side).view(1, 1, side, 1) // torch.tensor([1, 2, 3]).view(1, 3, 1, 1)) % 2 * 0.5 + 0.25
+        photos = base.expand(2 * N, -1, -1, side)
+    else:
+        photos = pixels_to_images(draw_flowers(4 * N, side, seed=0)[0]) * 0.6 + 0.2
+    photos = photos.mean(1, keepdim=True).expand(-1, 3, -1, -1) if kind == "gray" else photos
+    noise = 0.1 * torch.randn(N, 1 if kind == "gray" else 3, side, side, generator=torch.Generator().manual_seed(1))
+    assert measure_grain(photos[:N] + noise, photos)[0] == pytest.approx(0.1, rel=0.25)
+    assert measure_grain(photos[:N], photos)[0] < 0.03
+    flipped = [measure_grain(photos[:N].flip(dim) + noise.flip(dim), photos)[0] for dim in (1, 3)]
+    assert side % 2 or flipped[1] == pytest.approx(flipped[0], rel=1e-3)
+
+
+def test_measure_grain_photos_of_mixed_detail_are_within_chance():
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.rand(160, 3, 16, 16, generator=generator) * torch.rand(160, 1, 1, 1, generator=generator).square()
+    parts = [photos[torch.randperm(160, generator=generator)] for _ in range(20)]
+    grains = [measure_grain(part[:N], part[N:]) for part in parts]
+    assert all(grain < chance for grain, chance in grains) and max(grain for grain, _ in grains) > MAX_GRAIN
 
 
 def test_choose_photos_are_apart_and_as_many_as_there_are():
@@ -75,44 +115,62 @@ def test_choose_photos_are_apart_and_as_many_as_there_are():
 
 
 @pytest.mark.parametrize(("step", "count", "reason"), [(99, 500, "99 steps"), (100, 31, "31 photos"), (100, 32, None)])
-def test_skip_check_few_steps_or_photos_give_the_reason(step, count, reason):
-    check = skip_check(step, count)
-    assert (check is None) == (reason is None)
-    assert check is None or (check.status == "not run" and reason in check.not_run)
+def test_skip_checks_few_steps_or_photos_give_the_reason(step, count, reason):
+    checks = skip_checks(step, count)
+    assert [check.status for check in checks] == ["not run"] * (reason is not None)
+    assert not checks or reason in checks[0].not_run
 
 
-def judge(folder, check: Check | None, **scores):
+def judge(folder, *checks: Check, **scores):
     with RunLog(folder) as log:
         passed = {"name": "eta gap", "status": "passed", "decisive": True, "value": 0.4}
         log.event("alarms", step=400, eta_gap=0.4, checks=[passed], failures=[])
-    if check is not None:
-        log_check(folder, 400, check)
+    if checks:
+        log_drawn_checks(folder, 400, checks)
     return judge_regions(read_log(folder), scores)
 
 
 NOISE = Check(DRAWN_IMAGES, 3.0, high=0.5, failures=("drawn images are noise: 0.9",))
 RIGHT = Check(DRAWN_IMAGES, 0.2, high=0.5)
+GRAINY = Check(GRAIN, 0.09, high=0.045, failures=(f"{GRAIN}: too much",))
 SCORES = {"iou": 0.9, "scored": 9, "baselines": {"mean_mask": {"iou": 0.5}}}
 
 
 def test_verdict_noise_is_never_green(tmp_path):
     assert judge(tmp_path / "a", RIGHT, **SCORES).status == "good"
-    assert judge(tmp_path / "b", None, **SCORES).status == "good"  # a run stored before there was the check
+    unfinished = judge(tmp_path / "b", **SCORES)  # or a run stored before there was the check
+    assert unfinished.status == "mixed" and "--generation" in unfinished.details[-1]
     noise = judge(tmp_path / "c", NOISE, **SCORES)
     assert noise.status == "mixed" and any("drawn images are noise" in line for line in noise.details)
     assert judge(tmp_path / "d", NOISE).status == "bad"
-    untrained = judge(tmp_path / "e", skip_check(1, 500), **SCORES)
+    assert judge(tmp_path / "f", RIGHT, GRAINY, **SCORES).status == "mixed"
+    grainy = judge(tmp_path / "g", RIGHT, GRAINY)
+    assert grainy.status == "bad" and grainy.headline == f"Failed: {GRAIN}"
+    untrained = judge(tmp_path / "e", *skip_checks(1, 500), **SCORES)
     assert untrained.status == "mixed" and "drawn images were not checked" in untrained.headline
 
 
-def test_log_check_replaces_its_own_and_keeps_the_others(tmp_path):
-    judge(tmp_path, NOISE)
-    log_check(tmp_path, 400, RIGHT)
+def test_log_drawn_checks_replaces_its_own_and_keeps_the_others(tmp_path):
+    judge(tmp_path, NOISE, GRAINY)
+    log_drawn_checks(tmp_path, 400, [RIGHT])
     alarms, failures = judged_alarms(read_log(tmp_path))
     assert [check["name"] for check in alarms["checks"]] == ["eta gap", DRAWN_IMAGES]
     assert failures == [] and alarms["eta_gap"] == 0.4
-    log_check(tmp_path / "plain", 500, NOISE)  # a plain DDPM has no alarms before
+    log_drawn_checks(tmp_path / "plain", 500, [NOISE])  # a plain DDPM has no alarms before
     assert judged_alarms(read_log(tmp_path / "plain"))[1] == list(NOISE.failures)
+
+
+def test_judge_drawn_images_of_a_run_without_the_grain_measures_once(make_random_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
+    run = make_random_run()
+    run.folder, run.step = tmp_path, 400
+    judge(tmp_path, RIGHT)  # as runs were stored before grain was measured
+    for _ in range(2):
+        judge_drawn_images(run, draw_flowers(40, 16, seed=0)[0])
+        monkeypatch.setattr(run, "generate", None)
+    alarms, failures = judged_alarms(read_log(tmp_path))
+    assert [check["name"] for check in alarms["checks"]] == ["eta gap", DRAWN_IMAGES, GRAIN]
+    assert len(failures) == 2 and failures[1].startswith(GRAIN)
 
 
 def test_evaluate_generation_scores_images_and_masks(make_random_run, monkeypatch, tmp_path):

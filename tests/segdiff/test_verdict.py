@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from factorkit.engine.run_folder import RunLog
-from factorkit.report.content import log_checks, summarise_checks
+from factorkit.report.content import Check, log_checks, summarise_checks
 from factorkit.segdiff.alarms import Alarms, measure_alarms
+from factorkit.segdiff.drawn_images import DRAWN_IMAGES
 from factorkit.segdiff.verdict import REPORT, judge_regions, read_verdict, write_report
 
 SPLIT = "split by position: position alone explains 0.95 > 0.8 of the masks' variance"
@@ -22,7 +23,9 @@ UNMEASURED = dataclasses.replace(CONTENT, error=0.2, color_share=None)
 
 
 def logged(alarms: Alarms, steps: int | None = None) -> list[dict]:
-    return [{"event": "alarms", "step": 40, **alarms.to_dict(steps)}]
+    record = alarms.to_dict(steps)
+    drawn = Check(DRAWN_IMAGES, 0.1, high=0.5).to_dict()
+    return [{"event": "alarms", "step": 40, **record, "checks": [*record["checks"], drawn]}]
 
 
 @pytest.mark.parametrize(

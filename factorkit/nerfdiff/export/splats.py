@@ -1,10 +1,12 @@
-"""Gaussians as splat files: written and read as the .ply of 3DGS, and written as .spz, a sixth of its size."""
+"""Gaussians as splat files, written and read: the .ply of 3DGS, and .spz, a sixth of its size."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import warnings
+import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ import torch
 from torch import Tensor
 
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.export.points import to_y_up
+from factorkit.nerfdiff.export.shapes import to_y_up
 from factorkit.nerfdiff.fields.gaussians import GaussianField
-from factorkit.ops.spherical_harmonics import MAX_DEGREE, harmonic_basis
+from factorkit.ops.encodings import MAX_DEGREE, harmonic_basis
 from factorkit.utils.errors import DataError, format_count
 
 NUM_DIRECTIONS = 64  # that determine the 16 coefficients of rotated harmonics; they are exact from 16 on
@@ -95,18 +97,44 @@ def _column_names(prefix: str, count: int) -> list[str]:
     return [prefix] if count == 1 else [f"{prefix}{i}" for i in range(count)]
 
 
-# --- .ply, read ---
+# --- read ---
 
 
 def read_splats(path: Path) -> GaussianField:
-    """Read Gaussians from the .ply of 3DGS, binary, with harmonics of degree 0 to 3.
+    """Read Gaussians from the binary .ply of 3DGS or from .spz, with harmonics of degree 0 to 3.
 
     Gaussians with a number that is not finite are left out, which a warning says.
 
     Raises:
         DataError: the file is missing or truncated, or holds something else than Gaussians.
     """
-    table = _read_vertices(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    is_spz = path.suffix.lower() == ".spz"
+    arrays = _read_spz(path, content) if is_spz else _read_ply(path, content)
+    parts = {name: torch.from_numpy(x.astype("f4")) for name, x in arrays.items()}
+    count = len(parts["means"])
+    finite = torch.stack([x.flatten(1).isfinite().all(1) for x in parts.values()]).all(0)
+    if not finite.any():
+        raise DataError(f"{path}: none of its {format_count(count, 'Gaussian')} is finite")
+    if not finite.all():
+        left_out = format_count(int((~finite).sum()), "Gaussian")
+        warnings.warn(f"{path}: {left_out} with numbers that are not finite left out", stacklevel=2)
+        parts = {k: x[finite] for k, x in parts.items()}
+    field = GaussianField(int(finite.sum()))
+    field.antialiased = bool(parts.pop("antialiased", torch.zeros(1)).any())
+    harmonics = torch.nn.functional.pad(parts.pop("harmonics"), (0, 0, 0, HARMONICS))[:, :HARMONICS]
+    field.load_state_dict(
+        {**parts, "opacities": parts["opacities"][:, 0], "colors": harmonics[:, :1], "directional": harmonics[:, 1:]}
+    )
+    return field.requires_grad_(False)
+
+
+def _read_ply(path: Path, content: bytes) -> dict[str, np.ndarray]:
+    """Return means, log_scales, quaternions, opacities [N, 1] and harmonics [N, K, 3]."""
+    table = _read_vertices(path, content)
     names = table.dtype.names or ()
     rest = sum(name.startswith("f_rest_") for name in names)
     sizes = COLUMNS | {"f_rest_": rest}
@@ -118,34 +146,17 @@ def read_splats(path: Path) -> GaussianField:
         )
     if rest % 3 or 1 + rest // 3 not in [(d + 1) ** 2 for d in range(MAX_DEGREE + 1)]:
         raise DataError(f"{path}: {rest} properties f_rest_*; harmonics of degree 0 to 3 have 0, 9, 24 or 45")
-    parts = {
-        k: torch.from_numpy(np.stack([table[name].astype("f4") for name in _column_names(k, n)], 1))
-        for k, n in sizes.items()
-        if n
-    }
-    finite = torch.stack([x.isfinite().all(1) for x in parts.values()]).all(0)
-    if not finite.any():
-        raise DataError(f"{path}: none of its {format_count(len(table), 'Gaussian')} is finite")
-    if not finite.all():
-        left_out = format_count(int((~finite).sum()), "Gaussian")
-        warnings.warn(f"{path}: {left_out} with numbers that are not finite left out", stacklevel=2)
-        parts = {k: x[finite] for k, x in parts.items()}
-    field = GaussianField(len(parts["xyz"]))
-    values = {"means": parts["xyz"], "quaternions": parts["rot_"], "log_scales": parts["scale_"]}
-    values |= {"opacities": parts["opacity"][:, 0], "colors": parts["f_dc_"][:, None]}
-    values["directional"] = torch.zeros_like(field.directional.data)
+    parts = {k: np.stack([table[name] for name in _column_names(k, n)], 1) for k, n in sizes.items() if n}
+    harmonics = parts["f_dc_"][:, None]
     if rest:
-        values["directional"][:, : rest // 3] = parts["f_rest_"].unflatten(1, (3, -1)).transpose(1, 2)
-    field.load_state_dict(values)
-    return field.requires_grad_(False)
+        higher = parts["f_rest_"].reshape(len(table), 3, -1).transpose(0, 2, 1)
+        harmonics = np.concatenate([harmonics, higher], axis=1)
+    own = {"means": "xyz", "log_scales": "scale_", "quaternions": "rot_", "opacities": "opacity"}
+    return {"harmonics": harmonics, **{name: parts[column] for name, column in own.items()}}
 
 
-def _read_vertices(path: Path) -> np.ndarray:
+def _read_vertices(path: Path, content: bytes) -> np.ndarray:
     """Return the vertices of a binary .ply as a structured array."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     end = content.find(b"end_header", 0, MAX_HEADER)
     end = content.find(b"\n", end) + 1 if end >= 0 else 0
     if not content.startswith(b"ply") or not end:
@@ -176,7 +187,7 @@ def _read_vertices(path: Path) -> np.ndarray:
     return np.frombuffer(content, kind, count, end)
 
 
-# --- .spz, written (github.com/nianticlabs/spz, version 3) ---
+# --- .spz (github.com/nianticlabs/spz): version 3 is written, 2 and 3 are read ---
 
 SPZ_MAGIC, SPZ_VERSION, SPZ_BITS = 0x5053474E, 3, 22  # of a coordinate, besides its sign and one to spare
 MAX_FRACTION_BITS = 20
@@ -204,7 +215,9 @@ def save_spz(path: Path, field: GaussianField, moved: Similarity) -> None:
     packed = (largest.astype(np.uint32) - 1) % 4  # numbered as x, y, z, w
     for i in (1, 2, 3, 0):
         packed = np.where(largest == i, packed, packed << 10 | parts[:, i])
-    header = np.array([SPZ_MAGIC, SPZ_VERSION, len(means)], "<u4").tobytes() + bytes([MAX_DEGREE, fraction, 0, 0])
+    header = np.array([SPZ_MAGIC, SPZ_VERSION, len(means)], "<u4").tobytes() + bytes(
+        [MAX_DEGREE, fraction, field.antialiased, 0]
+    )
     arrays = [
         fixed.view(np.uint8).reshape(-1, 3, 4)[..., :3],
         _to_bytes(255 / (1 + np.exp(-opacities))),
@@ -219,3 +232,48 @@ def save_spz(path: Path, field: GaussianField, moved: Similarity) -> None:
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
     return np.round(values).clip(0, 255).astype(np.uint8)
+
+
+def _read_spz(path: Path, content: bytes) -> dict[str, np.ndarray]:
+    """Return what :func:`_read_ply` does, and whether the Gaussians are antialiased [N, 1]."""
+    unzip = zlib.decompressobj(wbits=31)
+    try:
+        header = unzip.decompress(content, 16).ljust(16, b"\0")
+        magic, version, count = (int(x) for x in np.frombuffer(header, "<u4", 3))
+        degree, fraction = header[12], header[13]
+        if magic != SPZ_MAGIC or version not in (2, 3) or degree > MAX_DEGREE:
+            shape = f"version {version}, degree {degree}" if magic == SPZ_MAGIC else "no .spz header"
+            raise DataError(f"{path} has {shape}; versions 2 and 3 with degrees 0 to 3 are read. Convert it to .ply")
+        sizes = [9, 1, 3, 3, 3 if version == 2 else 4, 3 * ((degree + 1) ** 2 - 1)]  # bytes of each Gaussian
+        data = unzip.decompress(unzip.unconsumed_tail, count * sum(sizes) + 1)
+    except zlib.error as error:
+        raise DataError(f"{path} is not a .spz file, or is damaged: {error}") from error
+    if len(data) != count * sum(sizes) or not count:
+        raise DataError(f"{path} is empty, truncated or damaged: {format_count(count, 'Gaussian')} in its header")
+    ends = np.cumsum([0, *(count * size for size in sizes)])
+    blocks = [np.frombuffer(data[a:b], np.uint8).reshape(count, -1) for a, b in pairwise(ends)]
+    fixed = np.zeros((count, 3, 4), np.uint8)
+    fixed[..., 1:] = blocks[0].reshape(count, 3, 3)  # the high bytes, for the sign
+    opacity = blocks[1].clip(0.5, 254.5) / 255
+    quaternions = np.zeros((count, 4))
+    if version == 2:
+        quaternions[:, 1:] = blocks[4] / 127.5 - 1
+        quaternions[:, 0] = np.sqrt((1 - np.square(quaternions[:, 1:]).sum(1)).clip(0))
+    else:
+        packed = np.ascontiguousarray(blocks[4]).view("<u4")[:, 0]
+        largest = ((packed >> 30) + 1) % 4
+        for i in (0, 3, 2, 1):  # in the reverse of the order in which they were packed
+            part = (packed & 511) / (511 * math.sqrt(2)) * np.where(packed & 512, -1, 1)
+            quaternions[:, i] = np.where(largest == i, 0, part)
+            packed = np.where(largest == i, packed, packed >> 10)
+        quaternions[np.arange(count), largest] = np.sqrt((1 - np.square(quaternions).sum(1)).clip(0))
+    return {
+        "means": (fixed.view("<i4")[..., 0] >> 8) / 2.0**fraction,
+        "log_scales": blocks[3] / 16 - 10,
+        "quaternions": quaternions,
+        "opacities": np.log(opacity / (1 - opacity)),
+        "antialiased": np.full((count, 1), header[14] & 1),
+        "harmonics": np.concatenate(
+            [(blocks[2][:, None] / 255 - 0.5) / SPZ_COLOR, (blocks[5].reshape(count, -1, 3) - 128.0) / 128], axis=1
+        ),
+    }

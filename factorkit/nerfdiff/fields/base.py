@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit import ops
+from factorkit.rendering.cameras import contract
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field as RenderedField
-from factorkit.rendering.render import OccupancySampling, Rendered
+from factorkit.rendering.render import OccupancySampling, Rendered, Sampling, UnboundedSampling
 from factorkit.utils.errors import ConfigError
 
 BACKGROUNDS = ("given", "learned", "field")
@@ -115,7 +116,7 @@ DENSITY_BIAS = -2.0  # added to the raw density: every ray starts with a thin fo
 
 
 class Field(nn.Module):
-    """A radiance field over the box [-1, 1]^3, as :func:`factorkit.render` takes it.
+    """A radiance field over the box [-1, 1]^3, or all of space, as :func:`factorkit.render` takes it.
 
     Subclasses implement :meth:`raw`; this class maps raw values to density and colour.
 
@@ -124,9 +125,11 @@ class Field(nn.Module):
         background: maps directions [..., 3] to colours, or None to use the background of the views.
         appearance: per-view colour transforms, or None if all training views look alike.
         occupancy: grid of non-empty space, or None to sample everywhere.
+        unbounded: whether positions anywhere are contracted to the box; see :func:`factorkit.rendering.contract`.
     """
 
     coarseness: float = 0.0
+    unbounded: bool = False
     background: Background | None
     appearance: Appearance | None
     occupancy: OccupancyGrid | None
@@ -154,7 +157,14 @@ class Field(nn.Module):
         return torch.zeros((), device=next(self.parameters()).device)
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return density [M] per unit of length, 0 outside the box, and colour [M, 3] in [0, 1]."""
+        """Return density [M] per unit of length, 0 outside the box unless unbounded, and colour [M, 3] in [0, 1]."""
+        if self.unbounded:
+            density, color = self._evaluate(contract(positions), directions)
+            # Cells grow by the squared distance along the rays, and should not become opaque by that alone.
+            return density / positions.abs().amax(-1).clamp_min(1).square(), color
+        return self._evaluate(positions, directions)
+
+    def _evaluate(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         raw = self.raw(positions, directions)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         inside = (positions.detach().abs().amax(-1) <= 1).to(raw.dtype)
@@ -171,7 +181,9 @@ class ImageField(Field):
     side: int = 0
 
     def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
-        """Draw one image without background: colour [H, W, 3], depth (along the rays) and opacity [H, W].
+        """Draw one image without background: colour [H, W, 3], depth and opacity [H, W].
+
+        The depth is along the rays, in a forward-facing scene along the viewing axis.
 
         Args:
             pose: camera-to-world, [4, 4]; gets gradients, as do the intrinsics.
@@ -196,6 +208,7 @@ def linear_layers(sizes: list[int], generator: torch.Generator, activation_after
 
 
 OCCUPANCY_CELLS = 64  # along each side of the grid of a field that is not trained any more
+VIEWER_SAMPLES = 128  # along a ray of an unbounded scene
 OCCUPANCY_UPDATES = 4  # evaluations of each of its cells
 MAX_POSITIONS = 1 << 18  # evaluated at once
 OCCUPANCY_UPDATE_EVERY = 10  # training steps
@@ -234,6 +247,13 @@ def occupied_sampling(field: RenderedField, lower: Sequence[float], upper: Seque
     for _ in range(OCCUPANCY_UPDATES):
         grid.update(lambda positions: density(field, positions))
     return OccupancySampling(grid, step=grid.cell_side / 2)
+
+
+def viewer_sampling(field: RenderedField, lower: Sequence[float], upper: Sequence[float]) -> Sampling:
+    """Build sampling of the occupied cells between two corners, or of the whole scene if the field is unbounded."""
+    if getattr(field, "unbounded", False):
+        return UnboundedSampling(VIEWER_SAMPLES)
+    return occupied_sampling(field, lower, upper)
 
 
 def density(field: RenderedField, positions: Tensor) -> Tensor:

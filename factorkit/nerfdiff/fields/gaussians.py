@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from factorkit import ops
 from factorkit.nerfdiff.fields.base import Field, ImageField
-from factorkit.ops.spherical_harmonics import C0, MAX_DEGREE
-from factorkit.rendering import Rendered, image_rays
+from factorkit.ops.encodings import C0, MAX_DEGREE
+from factorkit.ops.project_gaussians import LOW_PASS
+from factorkit.rendering import Rendered, from_ndc, image_rays
 from factorkit.utils.rng import derived_seed
 
 MIN_OPACITY = 0.005  # below it a Gaussian is moved to where an opaque one is (Kheradmand et al. 2024)
@@ -35,13 +36,21 @@ INITIAL_CELLS = 64  # along each side of the box, from which the first positions
 class GaussianField(ImageField):
     """Gaussians with opacity and a colour that depends on the direction by spherical harmonics of degree 3.
 
-    Rays do not ask it: :meth:`rasterize` draws whole images of pinhole cameras. Called with positions, it answers with
-    a grid of its density, which suffices for points, meshes and checks.
+    :meth:`rasterize` draws whole images of pinhole cameras. For positions in the box it returns a grid of its density,
+    which suffices for points, meshes and checks. The Gaussians are in world coordinates, also in forward-facing scenes.
 
     Args:
         count: number of Gaussians; training moves them, but neither adds nor removes any.
         seed: of the initial positions.
+
+    Attributes:
+        box_scale: [2], coordinates in the box of a forward-facing scene at a slope of 1 to the viewing axis; None: the
+            box is in world coordinates.
+        antialiased: whether the Gaussians were trained with the compensation of the low-pass term: some .spz files.
     """
+
+    box_scale: Tensor | None
+    antialiased: bool = False
 
     def __init__(self, count: int, seed: int = 0):
         super().__init__()
@@ -52,6 +61,7 @@ class GaussianField(ImageField):
         self.opacities = nn.Parameter(torch.full((count,), math.log(INITIAL_OPACITY / (1 - INITIAL_OPACITY))))
         self.colors = nn.Parameter(torch.zeros(count, 1, 3))
         self.directional = nn.Parameter(torch.zeros(count, (MAX_DEGREE + 1) ** 2 - 1, 3))
+        self.register_buffer("box_scale", None)
         self.degree = MAX_DEGREE
         self._density: tuple[Any, Tensor] | None = None
 
@@ -62,7 +72,7 @@ class GaussianField(ImageField):
         Args:
             field: in the same box [-1, 1]^3.
             seed: of the positions.
-            points: sparse points [P, 3] of the scene; up to half of the Gaussians start there.
+            points: sparse points [P, 3] of an object scene; up to half of the Gaussians start there.
         """
         generator, device = torch.Generator().manual_seed(seed), self.means.device
         line = (torch.arange(INITIAL_CELLS) + 0.5) * 2 / INITIAL_CELLS - 1
@@ -78,12 +88,36 @@ class GaussianField(ImageField):
             order = torch.randperm(len(inside), generator=generator)[: int(POINT_SHARE * len(rows))].to(device)
             self.means[: len(order)] = inside[order]
         volume = float((share > 0).float().mean()) * 8
+        if self.box_scale is not None:  # the far wall of the box is at infinity
+            self.means[:, 2].clamp_max_(1 - cell / 2)
+        color = field(self.means, F.normalize(self.from_box(self.means), dim=1))[1].float()
+        self.colors.copy_(((color - 0.5) / C0)[:, None])
+        self.means.copy_(self.from_box(self.means))
         self.log_scales.fill_(math.log(max(0.7 * (volume / len(rows)) ** (1 / 3), 1e-3)))
-        self.colors.copy_(((field(self.means, F.normalize(self.means, dim=1))[1].float() - 0.5) / C0)[:, None])
+        self.log_scales.add_(self.units().log())
         for name in ("background", "appearance"):
             own, other = getattr(self, name), getattr(field, name)
             if own is not None:
                 own.load_state_dict(other.state_dict())
+
+    def units(self) -> Tensor:
+        """Return the length [N, 1] in the world of a unit of the box, across the viewing axis, at each Gaussian."""
+        if self.box_scale is None:
+            return self.means.new_ones(1)
+        return -self.means.detach()[:, 2:].clamp_max(-1.0) / self.box_scale.mean()
+
+    def from_box(self, points: Tensor) -> Tensor:
+        """Return world coordinates [..., 3] of points in the box, as the camera model of the scene does."""
+        if self.box_scale is None:
+            return points
+        return from_ndc(points, F.pad(self.box_scale / 2, (0, 1)).diag(), 1, 1)
+
+    def to_box(self, points: Tensor) -> Tensor:
+        """Return coordinates [..., 3] in the box of points in the world: the inverse of :meth:`from_box`."""
+        if self.box_scale is None:
+            return points
+        depth = -points[..., 2:].clamp_max(-1e-3)
+        return torch.cat([points[..., :2] * self.box_scale / depth, 1 - 2 / depth], dim=-1)
 
     @torch.no_grad()
     def as_covariances(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -100,52 +134,59 @@ class GaussianField(ImageField):
         others = [(p, r) for p, r in super().parameter_rates(rate)]
         others = [([x for x in parameters if id(x) not in own], speed) for parameters, speed in others]
         groups = [([getattr(self, name)], factor * rate) for name, factor in RATES.items()]
+        groups[0] = groups[0][0], groups[0][1] * float(self.units().median())
         return [group for group in groups if group[0][0].requires_grad] + [group for group in others if group[0]]
 
     def total_variation(self) -> Tensor:
         """Return the mean opacity plus the mean scale, which the budget's relocation needs to be small."""
-        return self.opacities.sigmoid().mean() + self.log_scales.exp().mean()
+        return self.opacities.sigmoid().mean() + (self.log_scales.exp() / self.units()).mean()
 
     def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
         """Draw one image [H, W] without background; see :class:`ImageField`."""
         rotation = pose[:3, :3] * pose.new_tensor([1.0, -1.0, -1.0])  # OpenGL's axes to OpenCV's
         upper = torch.cat([rotation.T, -(rotation.T @ pose[:3, 3:])], dim=1)
         view = torch.cat([upper, pose.new_tensor([[0.0, 0.0, 0.0, 1.0]])])
+        # Larger images than those of the fit are as blurred as these were: thinner Gaussians would leave gaps.
+        low_pass = LOW_PASS * max(1.0, max(size) / self.side) ** 2 if self.side else LOW_PASS
         projected = ops.project_gaussians(
-            self.means, self.quaternions, self.log_scales.exp(), view, intrinsics.to(view), size
+            self.means, self.quaternions, self.log_scales.exp(), view, intrinsics.to(view), size, low_pass=low_pass
         )
         harmonics = torch.cat([self.colors, self.directional], dim=1)
         colors = ops.spherical_harmonics(self.means - pose[:3, 3], harmonics, self.degree) + 0.5
-        # Without the compensation of the low-pass term, as the viewers of exported files draw them.
-        drawn = ops.rasterize_gaussians(projected, colors.clamp_min(0), self.opacities.sigmoid(), size)
-        directions = image_rays(pose, intrinsics, *size).directions
-        cosine = -(directions * pose[:3, 2]).sum(-1)
+        opacities = self.opacities.sigmoid()
+        if self.antialiased:
+            opacities = opacities * projected.compensations
+        drawn = ops.rasterize_gaussians(projected, colors.clamp_min(0), opacities, size)
+        depth = drawn.depth
+        if self.box_scale is None:
+            depth = depth / -(image_rays(pose, intrinsics, *size).directions * pose[:3, 2]).sum(-1)
         steps = torch.tensor(len(self.means), device=pose.device)
-        return Rendered(drawn.color, drawn.depth / cosine, drawn.opacity, None, None, steps)
+        return Rendered(drawn.color, depth, drawn.opacity, None, None, steps)
 
     @torch.no_grad()
     def update(self, step: int, steps: int, rate: float, seed: int) -> None:
-        """Set the degree of the harmonics, move transparent Gaussians, and relocate those that are invisible."""
+        """Set the degree of the harmonics, move transparent Gaussians, and relocate invisible and broken ones."""
         self.degree = min(MAX_DEGREE, int(step / max(1.0, DEGREE_SHARE * steps)))
-        if step == 0 or step >= RELOCATION_SHARE * steps:
-            return
         generator = torch.Generator().manual_seed(derived_seed("gaussians", seed, step))
         opacity, scale = self.opacities.sigmoid(), self.log_scales.exp()
-        noise = torch.randn(self.means.shape, generator=generator).to(self.means)
-        noise *= (1 / (1 + (100 * (opacity - MIN_OPACITY)).clamp(-40, 40).exp()))[:, None]
-        rotation = rotations(self.quaternions)
-        moved = (rotation @ (scale.square() * (rotation.mT @ noise[..., None])[..., 0])[..., None])[..., 0]
-        self.means.data += NOISE * rate / START_RATE * (1 - step / steps) * moved
-        if step % RELOCATE_EVERY == 0:
-            self._relocate(opacity, scale, generator)
+        values = [scale, *(getattr(self, name) for name in RATES)]
+        dead = ~torch.stack([x.reshape(len(x), -1).sum(1).isfinite() for x in values]).all(0)
+        if 0 < step < RELOCATION_SHARE * steps:
+            noise = torch.randn(self.means.shape, generator=generator).to(self.means)
+            noise *= (1 / (1 + (100 * (opacity - MIN_OPACITY)).clamp(-40, 40).exp()))[:, None]
+            rotation = rotations(self.quaternions)
+            moved = (rotation @ (scale.square() * (rotation.mT @ noise[..., None])[..., 0])[..., None])[..., 0]
+            self.means.data += NOISE * rate / START_RATE * (1 - step / steps) * moved / self.units()
+            if step % RELOCATE_EVERY == 0:
+                dead |= ~(opacity > MIN_OPACITY)
+        self._relocate(dead, opacity, scale, generator)
 
-    def _relocate(self, opacity: Tensor, scale: Tensor, generator: torch.Generator) -> None:
-        """Move invisible Gaussians onto visible ones, so that together they look like before (eq. 9)."""
-        dead = ~(opacity > MIN_OPACITY)
+    def _relocate(self, dead: Tensor, opacity: Tensor, scale: Tensor, generator: torch.Generator) -> None:
+        """Move some Gaussians [N] onto the others, so that copies together look like the one before (eq. 9)."""
         count = int(dead.sum())
         if not count or count == len(dead):
             return
-        weights = torch.where(dead, 0.0, opacity).cpu()
+        weights = torch.where(dead, 0.0, opacity.clamp_min(1e-12)).cpu()
         rows = torch.multinomial(weights, count, replacement=True, generator=generator).to(dead.device)
         copies = torch.bincount(rows, minlength=len(dead)) + 1
         copies = copies.clamp_max(MAX_COPIES)
@@ -183,7 +224,9 @@ class GaussianField(ImageField):
         depth = -torch.log1p(-self.opacities.sigmoid().clamp_max(0.999))  # optical, through the centre
         mean_scale = scale.prod(1) ** (1 / 3)
         mass = depth * 2 * math.pi * mean_scale.square() / SAMPLES_PER_GAUSSIAN / (2 / DENSITY_CELLS) ** 3
-        cells = ((points + 1) / 2 * DENSITY_CELLS).floor().long()
+        if self.box_scale is not None:  # the optical depth along the viewing axis is the same in the box
+            mass = mass * self.box_scale.prod() / self.means[:, 2].clamp_max(-1.0).square()
+        cells = ((self.to_box(points) + 1) / 2 * DENSITY_CELLS).floor().long()
         inside = ((cells >= 0) & (cells < DENSITY_CELLS)).all(-1)
         index = ((cells[..., 0] * DENSITY_CELLS + cells[..., 1]) * DENSITY_CELLS + cells[..., 2])[inside]
         color = (self.colors[:, 0] * C0 + 0.5).clamp(0, 1)

@@ -78,6 +78,7 @@ class GridField(Field):
     def resampled(self, resolution: int) -> GridField:
         """Return the same field on a grid of another resolution."""
         field = GridField(resolution, blur=self.blur)
+        field.unbounded = self.unbounded
         values = self.values.detach().permute(3, 0, 1, 2)[None]
         values = F.interpolate(values, size=(resolution,) * 3, mode="trilinear", align_corners=True)
         field.values.data = values[0].permute(1, 2, 3, 0).contiguous()
@@ -252,7 +253,14 @@ def _import_tinycudann() -> Any:
 
 
 def build_field(
-    kind: str, resolution: int, seed: int, *, background: str = "given", views: int = 0, appearance_dim: int = 0
+    kind: str,
+    resolution: int,
+    seed: int,
+    *,
+    background: str = "given",
+    views: int = 0,
+    appearance_dim: int = 0,
+    unbounded: bool = False,
 ) -> Field:
     """Build a fresh field.
 
@@ -263,6 +271,7 @@ def build_field(
         background: one of :data:`factorkit.nerfdiff.fields.base.BACKGROUNDS`.
         views: number of training views with an appearance code.
         appearance_dim: size of each code; 0 for none.
+        unbounded: whether the field covers all of space.
 
     Raises:
         ConfigError: unknown kind, or tiny-cuda-nn cannot be imported.
@@ -275,6 +284,7 @@ def build_field(
         field = classes[kind](resolution, seed)
     else:
         raise ConfigError(f"field={kind!r} is unknown; choose one of {', '.join(FIELDS)}")
+    field.unbounded = unbounded
     field.background = build_background(background, seed)
     if appearance_dim:
         field.appearance = Appearance(views, appearance_dim, seed)
@@ -304,9 +314,12 @@ def restore_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) ->
         background=settings.get("background", "given"),
         views=codes.shape[0],
         appearance_dim=codes.shape[1],
+        unbounded=settings.get("unbounded") == "yes",
     )
     if "occupancy.density" in weights:
         field.occupancy = build_occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
+    if "box_scale" in weights:
+        field.box_scale = weights["box_scale"].clone()
     field.load_state_dict(weights)
     if isinstance(field, ImageField):
         field.side = max(settings["scene"]["size"])

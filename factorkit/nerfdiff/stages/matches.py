@@ -43,7 +43,7 @@ def import_pycolmap() -> ModuleType:
         raise ConfigError(
             f'pycolmap {pycolmap.__version__} is too old: pip install "factorkit[sfm]", or give search="dictionary"'
         )
-    pycolmap.logging.minloglevel = 3  # fatal errors; COLMAP logs every step, and what fails is said by the results
+    pycolmap.logging.minloglevel = 3  # fatal errors; COLMAP logs every step, and the results show what fails
     return pycolmap
 
 
@@ -177,7 +177,7 @@ def match_images(colmap: ModuleType, path: Path, pairs: Sequence[tuple[int, int]
 
 
 def drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureImage]) -> tuple[int, int]:
-    """Drop matches that do not move if most pairs of images consist of them: a background that stands still.
+    """Drop matches that do not move if most pairs of images consist of them: a background that does not move.
 
     A camera that moves has no such pairs, except of equal images.
 

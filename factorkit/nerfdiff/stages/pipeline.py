@@ -35,6 +35,7 @@ from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.flip_test import best_rotations
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.pose_search import FORWARD_COARSENESS, DictionarySearch
+from factorkit.nerfdiff.stages.refine import SceneFit
 from factorkit.nerfdiff.stages.stage_training import StageTraining
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
@@ -57,14 +58,21 @@ class Training(StageTraining):
 
     def train_stages(self) -> NerfdiffModel:
         """Train every stage that is not finished; return the model of the last one."""
-        config, scene, duplication = self.config, self.scene, None
+        config, scene, duplication, joint = self.config, self.scene, None, None
         if config.poses == "predicted" and config.search == "joint":
             start = torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1)
             model = self.build_model(self.final_field(), start, scene.camera)
-            trained = self.train_stage("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
-            self.log_duplication(trained.views)
-            return trained
-        if config.poses == "known":
+            is_last = config.field != "gaussians"
+            folder = self.folder if is_last else None
+            joint = self.train_stage("joint", lambda stage: JointTask(stage, scene, model), folder=folder)
+            if is_last:
+                self.log_duplication(joint.views)
+                return joint
+            duplication = self.measure_duplication(joint.views)
+            fitted: Any = SceneFit(
+                joint.field, FreePoses(joint.views), scene.camera, scene.size, config.samples_per_ray
+            )
+        elif config.poses == "known":
             poses = FreePoses(require_poses(scene)).requires_grad_(False)
             fitted = self.fit("fit", self.final_field(), poses, preview_name="fit")
         elif config.poses == "learned":
@@ -95,6 +103,8 @@ class Training(StageTraining):
         given, scene = scene.camera, self.scene_with(fitted)
         self.log_focal(given, scene.camera)
         model = self.build_model(fitted.field, fitted.poses().detach(), scene.camera)
+        if joint is not None:
+            model.encoder.load_state_dict(joint.encoder.state_dict())
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
         if not config.finetune_steps:
             return self.train_stage("distil", task, folder=self.folder)

@@ -75,7 +75,7 @@ class SfmResult:
         if is_still(*self.still_pairs):
             still = [
                 f"In {self.still_pairs[0]} of {format_count(self.still_pairs[1], 'pair')} of images most matches do "
-                "not move: the background stands still while the object turns, or images are equal. These matches are "
+                "not move: the background does not move while the object turns, or images are equal. These matches are "
                 "left out; give masks of the object, since such a background is no part of the scene."
             ]
         if self.model is None:

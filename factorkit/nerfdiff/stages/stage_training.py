@@ -193,17 +193,22 @@ class StageTraining:
         config, field = self.config, self.new_field("gaussians", self.config.num_gaussians)
         assert isinstance(field, GaussianField)
         field.side = max(self.scene.size)
-        field.start_from(fitted.field, derived_seed("start", config.seed), self.scene.points)
-        return self.fit(
+        scene = self.scene_with(fitted)
+        field.box_scale = scene.camera.box_scale
+        field.start_from(fitted.field, derived_seed("start", config.seed), scene.points)
+        fitted = self.fit(
             "gaussians",
             field,
             fitted.poses,
-            scene=self.scene_with(fitted),
+            scene=scene,
             preview_name="gaussians",
+            optimize_focal=config.poses != "known",
             steps=config.gaussian_steps,
             batch_size=distributed.world_size(),  # a view is a whole image
             pose_learning_rate=GAUSSIAN_POSE_RATE * config.pose_learning_rate,
         )
+        fitted.field.box_scale = fitted.camera.box_scale
+        return fitted
 
     def new_field(self, kind: str, resolution: int, seed: int | None = None) -> Field:
         """Return a fresh field of a kind, with the background and appearance of the settings."""
@@ -215,10 +220,12 @@ class StageTraining:
             background=config.background,
             views=len(self.scene.images),
             appearance_dim=config.appearance_dim,
+            unbounded=config.unbounded == "yes",
         ).to(self.device)
 
     def add_occupancy(self, field: Field) -> Field:
         """Add an occupancy grid if the settings have one for this kind of field."""
-        if self.config.occupancy and isinstance(field, GridField) == (self.config.field == "grid"):
+        wanted = self.config.occupancy and not field.unbounded  # whose steps follow the weights instead
+        if wanted and isinstance(field, GridField) == (self.config.field == "grid"):
             field.occupancy = build_occupancy_grid(occupancy_cells(self.config.samples_per_ray))
         return field.to(self.device)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.decode import crop_square
-from factorkit.data.open import open_source, read_images
+from factorkit.data.open import open_source, read_images, read_squares
 from factorkit.data.sources import Source
 from factorkit.data.video import open_video
 from factorkit.engine.config import autocast, cpu_threads
@@ -54,9 +53,7 @@ class LoadedModel:
 
     def _read_squares(self, images: Any) -> Tensor:
         """Images cropped as in training, [n, 3, R, R] in [-1, 1]."""
-        decoded, _ = read_images(images)
-        squares = [crop_square(image, self.config.resolution) for image in decoded]
-        return pixels_to_signed(torch.from_numpy(np.stack(squares)))
+        return pixels_to_signed(torch.from_numpy(read_squares(images, self.config.resolution)))
 
 
 class Segmenter(LoadedModel):

@@ -1,7 +1,7 @@
-"""How much each cell of an image stands out from what is connected to the border: a cue for objects, not learned.
+"""How much each cell of an image contrasts with what is connected to the border: a cue for objects, not learned.
 
 Robust background detection (Zhu, Liang, Wei and Sun 2014, "Saliency optimization from robust background detection") on
-square cells. A cell whose similar neighbours lie largely on the border is ground. What contrasts with the ground stands
+square cells. A cell whose similar neighbours lie largely on the border is ground. What contrasts with the ground is
 out, smoothed over similar neighbours. Zhu et al. use superpixels. Their exact borders mislead here: the cue belongs to
 the prior, and the colours of the pixels find the border. With them the masks of horses lose .01 to .03 IoU.
 """
@@ -39,7 +39,7 @@ def saliency_cue(images: Tensor) -> Tensor:
 
 
 def saliency(images: Tensor) -> Tensor:
-    """Return how much each pixel of images [B, 3, H, W] in [-1, 1] stands out from the ground, [B, H, W] in [0, 1].
+    """Return how much each pixel of images [B, 3, H, W] in [-1, 1] contrasts with the ground, [B, H, W] in [0, 1].
 
     The most salient pixel is 1, less where no two cells differ by COLOR_SCALE.
     """

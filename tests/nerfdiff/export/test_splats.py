@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
@@ -260,3 +261,63 @@ def test_spz_positions_too_far_for_its_digits_raise(tmp_path):
         save_splats(tmp_path / "splats.spz", ".spz", field, None, Z_UP)
     field.means[0, 0] = 4e6
     save_splats(tmp_path / "splats.spz", ".spz", field, None, Z_UP)
+
+
+def test_spz_read_again_shows_the_same_image_and_is_written_as_the_same_file(tmp_path):
+    field, pose = make_field(), rendering.orbit(1, 4.0, 20.0)
+    save_splats(tmp_path / "splats.spz", ".spz", field, None, Z_UP)
+    scene = factorkit.load(tmp_path / "splats.spz")
+    y_up = Similarity(torch.tensor([[1, 0, 0], [0, 0, 1], [0, -1, 0]]).double(), torch.zeros(3), torch.ones(()))
+    back, want = scene.model.field, render(field, pose)
+    assert (render(back, y_up.apply(pose)) - want).abs().mean() < 4e-3
+    torch.testing.assert_close(back.means, y_up.apply_points(field.means), rtol=0, atol=2e-6)
+    assert (scene.poses[:, :3, 1][:, 1] > 0.5).all()  # y is up
+    again = scene.export(tmp_path / "again.spz")
+    assert gzip.decompress(again.read_bytes()) == gzip.decompress((tmp_path / "splats.spz").read_bytes())
+    assert main(["render", str(again), "--out", str(tmp_path / "frames"), "--frames", "1", "--size", "8"]) == 0
+
+
+def test_spz_with_the_antialiased_flag_is_drawn_with_compensated_opacities(tmp_path):
+    field = make_field()
+    field.log_scales -= 3  # smaller than a pixel
+    field.antialiased = True
+    save_splats(tmp_path / "splats.spz", ".spz", field, None, Z_UP)
+    assert gzip.decompress((tmp_path / "splats.spz").read_bytes())[14] == 1
+    scene = factorkit.load(tmp_path / "splats.spz")
+    thin = scene.render(scene.poses[:1], 32).images.sum()
+    scene.model.field.antialiased = False
+    assert thin < 0.7 * scene.render(scene.poses[:1], 32).images.sum()
+
+
+def test_spz_of_version_2_has_three_bytes_of_each_rotation(tmp_path):
+    header = np.array([0x5053474E, 2, 1], "<u4").tobytes() + bytes([0, 4, 0, 0])
+    position = bytes([16, 0, 0, 240, 255, 255, 8, 0, 0])  # 1, -1 and 1/2 with 4 bits of fraction
+    body = position + bytes([128, 255, 0, 128, 160, 144, 128, 255, 127, 127])
+    (tmp_path / "old.spz").write_bytes(gzip.compress(header + body))
+    field = read_splats(tmp_path / "old.spz")
+    assert field.means.tolist() == [[1.0, -1.0, 0.5]] and field.log_scales.tolist() == [[0.0, -1.0, -2.0]]
+    torch.testing.assert_close(field.quaternions, torch.tensor([[0.0, 1.0, 0.0, 0.0]]), rtol=0, atol=5e-3)
+    assert field.opacities.sigmoid().item() == pytest.approx(128 / 255) and not field.directional.any()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda content: b"not gzip", "not a .spz file, or is damaged"),
+        (lambda content: gzip.compress(b""), "no .spz header"),
+        (lambda content: gzip.compress(b"ply\n" + content[4:]), "no .spz header"),
+        (lambda content: gzip.compress(content[:4] + b"\4" + content[5:]), "version 4, degree 3"),
+        (lambda content: gzip.compress(content[:12] + b"\5" + content[13:]), "version 3, degree 5"),
+        (lambda content: gzip.compress(content[:-1]), "truncated or damaged: 60 Gaussians in its header"),
+        (lambda content: gzip.compress(content + b"a"), "truncated or damaged"),
+        (lambda content: gzip.compress(content)[:-40], "truncated or damaged"),
+        (lambda content: gzip.compress(content[:8] + bytes(4) + content[12:16]), "is empty"),
+        (lambda content: gzip.compress(content[:8] + b"\xff" * 4 + content[12:]), "truncated or damaged"),
+    ],
+)
+def test_file_that_is_not_a_spz_file_raises_a_sentence(tmp_path, edit, message):
+    save_splats(tmp_path / "splats.spz", ".spz", make_field(), None, Z_UP)
+    content = gzip.decompress((tmp_path / "splats.spz").read_bytes())
+    (tmp_path / "splats.spz").write_bytes(edit(content))
+    with pytest.raises(DataError, match=message):
+        factorkit.load(tmp_path / "splats.spz")

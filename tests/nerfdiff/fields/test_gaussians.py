@@ -5,20 +5,37 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 import factorkit
 from factorkit import rendering
 from factorkit.data import make_procedural_views
 from factorkit.data.procedural.scene import make_scene_field
-from factorkit.nerfdiff.build import load_partial_run
+from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.run_folder import read_settings
+from factorkit.engine.trainer import Trainer
+from factorkit.nerfdiff.build import build_model, load_partial_run
+from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS, FreePoses, OrbitPoses
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, GaussianField
+from factorkit.nerfdiff.fields.base import Appearance, build_background
+from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.distil import DistilTask
+from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
+from factorkit.nerfdiff.viewer import Viewer, ViewerScene, fov_and_aspect, render_viewpoint
 from factorkit.utils.errors import ConfigError, OutOfMemoryError
+from factorkit.utils.files import read_log
+from factorkit.utils.rng import derived_seed
+from tests.nerfdiff import forward
+
+PlyData = pytest.importorskip("plyfile").PlyData
 
 SIZE = (20, 24)
 
@@ -29,6 +46,12 @@ def make_field(count=60, seed=0):
     for name, scale in (("colors", 0.5), ("directional", 0.2), ("opacities", 1.0), ("log_scales", 0.3)):
         getattr(field, name).data += scale * torch.randn_like(getattr(field, name))
     return field
+
+
+def load_stage_field(stage, folder):
+    tensors, _ = Checkpoints(stage / "checkpoints").latest()
+    weights = {k.removeprefix("ema.module.field."): v for k, v in tensors.items() if k.startswith("ema.module.field.")}
+    return restore_field(weights, read_settings(folder))
 
 
 def make_camera():
@@ -47,6 +70,16 @@ def test_images_smaller_than_those_of_the_fit_are_means_of_larger_ones():
         blocks = getattr(large, name).unflatten(2, (24, 2)).unflatten(1, (20, 2)).mean((2, 4))
         torch.testing.assert_close(getattr(averaged, name), blocks)
     assert (small.color - averaged.color).abs().max() > 1e-4  # of images of 96 pixels
+
+
+def test_images_larger_than_those_of_the_fit_are_as_blurred_as_these():
+    field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
+    field.log_scales.data -= 3  # smaller than a pixel
+    field.side = 24
+    small, large = (render_views(field, pose, camera, size, 1).opacity.mean() for size in ((20, 24), (80, 96)))
+    assert large.item() == pytest.approx(small.item(), rel=0.15)
+    field.side = 0
+    assert render_views(field, pose, camera, (80, 96), 1).opacity.mean() < 0.5 * large
 
 
 def test_pixels_equal_those_of_whole_images_and_poses_get_gradients():
@@ -80,7 +113,8 @@ def test_relocation_moves_invisible_gaussians_and_keeps_the_image():
     field.opacities.data[::4] = -9.0
     with torch.no_grad():
         before = render_views(field, pose, camera, SIZE, 1).color
-        field._relocate(field.opacities.sigmoid(), field.log_scales.exp(), torch.Generator().manual_seed(0))
+        opacity = field.opacities.sigmoid()
+        field._relocate(opacity <= MIN_OPACITY, opacity, field.log_scales.exp(), torch.Generator().manual_seed(0))
         after = render_views(field, pose, camera, SIZE, 1).color
     assert (field.opacities.sigmoid() >= MIN_OPACITY).all()
     assert (after - before).abs().mean() < 0.02
@@ -94,7 +128,7 @@ def test_relocation_copies_have_the_profile_of_the_one_before(dead):
     field.opacities.data[:] = torch.tensor([1.5, *[-9.0] * dead])
     field.log_scales.data.fill_(math.log(0.2))
     opacity, scale = field.opacities.sigmoid(), field.log_scales.exp()
-    field._relocate(opacity, scale, torch.Generator().manual_seed(0))
+    field._relocate(opacity <= MIN_OPACITY, opacity, scale, torch.Generator().manual_seed(0))
     x = torch.linspace(-3, 3, 6001).double()
 
     def profile(opacity, scale):
@@ -156,11 +190,167 @@ def test_num_gaussians_beyond_the_memory_raises_with_the_memory_needed(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_forward_facing_views_are_refused(tmp_path):
-    views = replace(make_procedural_views(12, 8), layout="forward", near=1.0, far=5.0)
-    views.poses[:, :3, :3] = torch.eye(3)
-    with pytest.raises(ConfigError, match='field="gaussians" needs views around an object; these are forward-facing'):
-        factorkit.train_nerfdiff(views, out=tmp_path / "run", poses="known", field="gaussians")
+def test_box_of_a_forward_facing_scene_is_the_inverse_of_the_cameras_map():
+    field, positions = make_field(), 2 * torch.rand(50, 3) - 1
+    field.box_scale = forward.CAMERA.box_scale
+    world = forward.CAMERA.from_ndc(positions)
+    torch.testing.assert_close(field.from_box(positions), world)
+    torch.testing.assert_close(field.to_box(world), positions, rtol=0, atol=1e-5)
+    assert make_field().to_box(positions) is positions
+
+
+def test_start_from_a_forward_facing_grid_lies_where_it_is_dense_in_the_world():
+    grid = GridField(24)
+    grid.values.data[..., 0] = -5.0
+    grid.values.data[16:, 8:16, 8:16, 0] = 2.0  # [z, y, x]: from a depth of 3.3 to infinity
+    field = GaussianField(400)
+    field.box_scale = forward.CAMERA.box_scale
+    field.start_from(grid, 0)
+    depth = -field.means[:, 2]
+    assert depth.isfinite().all() and (depth > 2.8).float().mean() > 0.95 and depth.max() > 50
+    sides = (field.means[:, :2] * field.box_scale / depth[:, None]).abs().amax(1)
+    assert sides.max() < 0.5
+    sizes = field.log_scales.exp() / depth[:, None]
+    torch.testing.assert_close(sizes, sizes[:1, :1].expand_as(sizes))
+
+
+def test_density_in_a_forward_facing_box_has_the_optical_depth_along_the_axis():
+    field = GaussianField(1)
+    field.box_scale = forward.CAMERA.box_scale
+    field.means.data = torch.tensor([[0.0, 0.0, -4.0]])
+    field.log_scales.data.fill_(math.log(0.4))
+    field.opacities.data.fill_(0.0)  # half of the light passes
+    line = torch.linspace(-1, 1, 401)
+    points = torch.stack([0 * line, 0 * line, line], 1)
+    shifts = torch.cat([0.02 * torch.randn(60, 2), torch.zeros(60, 1)], 1)
+    depth = torch.stack([field(points + shift, points)[0] for shift in shifts]).mean(0) * (line[1] - line[0])
+    assert depth.sum().item() == pytest.approx(math.log(2), rel=0.4)
+    assert (depth * line).sum() / depth.sum() == pytest.approx(1 - 2 / 4, abs=0.05)
+
+
+@pytest.mark.slow
+def test_forward_facing_run_explains_views_and_depths_better_than_its_grid(tmp_path):
+    views = forward.forward_views()
+    settings = {"resolution": 24, "poses": "known", "field": "gaussians", "num_gaussians": 400, "gaussian_steps": 1000}
+    settings |= {"field_steps": 60, "steps": 1, "grid_resolution": 24, "samples_per_ray": 24, "threads": 1}
+    settings |= {"encoder_resolution": 8, "model_channels": 8, "channel_mult": (1, 2)}
+    run = factorkit.train_nerfdiff(views, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    field, camera, size = run.model.field, run.model.camera, run.model.size
+    grid = load_stage_field(run.folder / "stages" / "fit", run.folder)
+    errors = [render_views(f, run.poses, camera, size, 24).color for f in (grid, field)]
+    errors = [(x.movedim(-1, 1) - views.images).square().mean().item() for x in errors]
+    assert errors[1] < 0.8 * errors[0], errors
+    drawn = render_views(field, run.poses[:1], camera, size, 1)
+    true = render_views(forward.ball_and_wall, run.poses[:1], camera, size, 256)
+    depths = [(x.depth / x.opacity)[0] for x in (drawn, true)]
+    assert 0.75 < depths[0].median() / depths[1].median() < 1.3
+    splats = factorkit.load(run.export(tmp_path / "scene.ply"))
+    torch.testing.assert_close(splats.model.field.means, field.means, rtol=0, atol=0)
+    cloud = run.export(tmp_path / "points.ply", points=500)
+    depth = -PlyData.read(cloud)["vertex"]["z"]
+    assert 2 < np.median(depth) < 8 and depth.min() >= 0.9
+
+
+class OnePass:
+    """What a step of a fit draws, for views in order."""
+
+    first, step, rows = True, 0, slice(0, 1)
+
+
+def fit_gradients(changes, poses=None, optimize_focal=False, **scene_changes):
+    """The gradients of one step on view 0 of a small scene, by name."""
+    scene = replace(open_scene(make_procedural_views(6, 12, seed=1), 12, torch.device("cpu")), **scene_changes)
+    config, field = preset_config("fast", resolution=12, field="gaussians", **changes), make_field(40)
+    field.background = build_background(config.background, 0)
+    if config.appearance_dim:
+        field.appearance = Appearance(6, config.appearance_dim)
+    poses = poses or FreePoses(scene.poses)
+    fit = SceneFit(field, poses, scene.camera, scene.size, 1, optimize_focal)
+    loss = FitTask(config, scene, fit).loss(fit, torch.tensor([0]), OnePass(), torch.tensor(0)).objective.sum()
+    loss.backward()
+    return {name: p.grad for name, p in fit.named_parameters()}, loss.item()
+
+
+def test_gaussians_give_gradients_to_every_camera_parameter():
+    scene = open_scene(make_procedural_views(6, 12, seed=1), 12, torch.device("cpu"))
+    orbit = OrbitPoses(F.normalize(scene.poses[:, :3, 3], dim=1), scene.distance, POSE_PARAMETERS)
+    names = {"poses.angles", "log_focal", *(f"poses.freedom.{name}" for name in POSE_PARAMETERS)}
+    grads, _ = fit_gradients({}, orbit, optimize_focal=True)
+    assert names <= set(grads)
+    for name in names - {"log_focal"}:
+        assert grads[name][0].abs().min() > 0 and not grads[name][1:].any(), name  # of the view alone
+    assert grads["log_focal"] != 0
+
+
+@pytest.mark.parametrize("background", ["learned", "field"])
+def test_gaussians_give_gradients_to_background_and_appearance(background):
+    grads, _ = fit_gradients({"background": background, "appearance_dim": 2})
+    own = {name: grad for name, grad in grads.items() if name.startswith("field.background")}
+    assert own and any(grad.abs().max() > 0 for grad in own.values())
+    assert grads["field.appearance.codes"][0].abs().max() > 0
+
+
+def test_pixels_that_loss_masks_leave_out_do_not_move_gaussians():
+    masks = torch.ones(6, 1, 12, 12)
+    plain, plain_loss = fit_gradients({"opacity_weight": 0.0, "tv_weight": 0.0}, loss_masks=masks)
+    none, loss = fit_gradients({"opacity_weight": 0.0, "tv_weight": 0.0}, loss_masks=0 * masks)
+    assert plain["field.means"].any() and plain_loss > 0
+    assert loss == 0 and not any(grad.any() for grad in none.values() if grad is not None)
+
+
+def test_regularisers_lower_opacities_and_scales():
+    plain, _ = fit_gradients({"opacity_weight": 0.0, "tv_weight": 0.0})
+    scaled, _ = fit_gradients({"opacity_weight": 0.0, "tv_weight": 1.0})
+    fog, _ = fit_gradients({"opacity_weight": 1.0, "tv_weight": 0.0})
+    for name in ("opacities", "log_scales"):
+        assert (scaled[f"field.{name}"] > plain[f"field.{name}"]).all()
+        assert fog[f"field.{name}"].sum() > plain[f"field.{name}"].sum()
+
+
+def test_encoder_learns_from_new_views_drawn_from_the_gaussians():
+    views = make_procedural_views(6, 12, seed=1)
+    scene, field = open_scene(views, 12, torch.device("cpu")), make_field(40)
+    config = preset_config("fast", resolution=12, field="gaussians", num_rendered_views=3, encoder_resolution=12)
+    settings = {"layout": "object", "size": scene.size, "distance": scene.distance}
+    task = DistilTask(config, scene, build_model(config, settings, scene.camera, field, scene.poses))
+    assert len(task.images) == 9 and len(task.poses) == 9
+    drawn = render_views(field, task.poses[6:], scene.camera, (12, 12), 1)
+    torch.testing.assert_close(task.images[6:], drawn.color.movedim(-1, 1))
+    assert drawn.opacity.max() > 0.5 and not any(p.requires_grad for p in field.parameters())
+
+
+def test_viewer_draws_forward_facing_gaussians_and_shows_the_splats():
+    pytest.importorskip("viser")
+    views, field = forward.forward_views(columns=2, rows=1), make_field()
+    field.box_scale = forward.CAMERA.box_scale
+    field.means.data[:, 2] -= 4
+    contents = ViewerScene(1, field.requires_grad_(False), views, forward.CAMERA.background)
+    fov, _ = fov_and_aspect(views.intrinsics[0], *views.size)
+    pixels = render_viewpoint(contents, None, views.poses[0], fov, 18, 24)
+    want = render_views(field, views.poses[:1], forward.CAMERA, (18, 24), 1).color[0]
+    assert np.abs(pixels / 255 - want.clamp(0, 1).numpy()).max() < 1 / 255 and want.std() > 0.05
+    with Viewer(contents, port=0) as viewer:
+        sent = []
+        viewer.server.scene.add_gaussian_splats = lambda name, *parts: sent.append(parts[0])
+        viewer.show(contents)
+    assert (sent[0] == field.means.numpy()).all()
+
+
+@pytest.mark.slow
+def test_joint_search_ends_with_gaussians_and_the_encoder_of_the_search(tmp_path):
+    data = make_procedural_views(12, 12, seed=1)
+    settings = {"resolution": 12, "search": "joint", "field": "gaussians", "num_gaussians": 100, "gaussian_steps": 20}
+    settings |= {"steps": 6, "num_rendered_views": 2, "samples_per_ray": 8, "grid_resolution": 10, "threads": 1}
+    settings |= {"num_candidates": 3, "model_channels": 8, "channel_mult": (1, 2), "ema_decay": 0.0}
+    run = factorkit.train_nerfdiff(data, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    assert isinstance(run.model.field, GaussianField) and load_partial_run(run.folder).stage == "gaussians"
+    stage, _ = Checkpoints(run.folder / "stages" / "joint" / "checkpoints").latest()
+    torch.manual_seed(derived_seed("weights", 0))
+    fresh = build_model(run.config, run.scene, run.model.camera, run.model.field, run.poses).encoder
+    names = [name for name, _ in fresh.named_parameters()]
+    joint = torch.cat([stage[f"ema.module.encoder.{name}"].flatten() for name in names])
+    end, start = (parameters_to_vector(x.parameters()) for x in (run.model.encoder, fresh))
+    assert (end - joint).norm() < (end - start).norm()  # distilled from where the search ended
 
 
 def test_nothing_in_view_is_the_background_with_gradients_of_zero():
@@ -173,12 +363,25 @@ def test_nothing_in_view_is_the_background_with_gradients_of_zero():
     assert all((x.grad == 0).all() for x in (pose, field.means, field.quaternions, field.log_scales, field.opacities))
 
 
-def test_gaussian_that_is_not_finite_is_moved_to_a_visible_one():
-    field = make_field(40)
-    field.means.data[3], field.opacities.data[3] = math.nan, math.nan
-    with torch.no_grad():
-        field._relocate(field.opacities.sigmoid(), field.log_scales.exp(), torch.Generator().manual_seed(0))
-    assert all(p.isfinite().all() for p in field.parameters())
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, value) for name in RATES for value in (math.nan, math.inf)), ("log_scales", 200.0)],  # e^200 is inf
+)
+def test_training_moves_a_gaussian_that_is_not_finite_to_a_visible_one(tmp_path, name, value):
+    scene = open_scene(make_procedural_views(6, 8), 8, torch.device("cpu"))
+    field, config = make_field(40), preset_config("fast", resolution=8, steps=60, sample_every=0, threads=1)
+    fit = SceneFit(field, FreePoses(scene.poses), scene.camera, scene.size, 1)
+
+    class Task(FitTask):
+        def loss(self, model, indices, draw, step):
+            if draw.step == 55:  # after the last relocation of invisible ones
+                getattr(field, name).data.view(40, -1)[3, -1] = value
+            return super().loss(model, indices, draw, step)
+
+    task = Task(config, scene, fit)
+    trained = Trainer(task, config, tmp_path, {}, device=torch.device("cpu"), progress=False).run()
+    assert all(p.isfinite().all() for p in trained.parameters()) and trained.field.log_scales.max() < 100
+    assert "skip" not in {line.get("event") for line in read_log(tmp_path)}
 
 
 def test_restored_field_renders_the_same():
@@ -189,11 +392,9 @@ def test_restored_field_renders_the_same():
     torch.testing.assert_close(render_views(other, pose, camera, SIZE, 1), render_views(field, pose, camera, SIZE, 1))
 
 
-def test_splats_of_another_field_and_joint_search_are_refused(tmp_path):
+def test_splats_of_another_field_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no Gaussians"):
         export(tmp_path / "splats.ply", make_procedural_views(2, 8), make_scene_field())
-    with pytest.raises(ConfigError, match="joint"):
-        preset_config(None, field="gaussians", search="joint")
     assert isinstance(build_field("gaussians", 5, 0), GaussianField)
 
 
@@ -209,8 +410,11 @@ def test_run_without_poses_refines_them_with_the_gaussians(tmp_path, poses):
     stage = load_partial_run(tmp_path / "run")
     assert stage.stage == "gaussians" and isinstance(run.model.field, GaussianField)
     torch.testing.assert_close(run.poses, stage.views.poses)
+    focal = run.model.camera.intrinsics[0, 0]
+    torch.testing.assert_close(stage.views.intrinsics[0, 0, 0] / 12, focal)
     (tmp_path / "run" / "stages" / "gaussians").rename(tmp_path / "gaussians")
-    assert (load_partial_run(tmp_path / "run").views.poses - run.poses).abs().max() > 1e-5  # of the grid
+    grid = load_partial_run(tmp_path / "run").views
+    assert (grid.poses - run.poses).abs().max() > 1e-5 and abs(grid.intrinsics[0, 0, 0] / 12 - focal) > 1e-6
     assert run.render_path("orbit", frames=2).images.isfinite().all() and run.predict_pose(data).poses.shape == (
         12,
         4,
@@ -228,6 +432,7 @@ def test_run_with_gaussians_renders_exports_and_resumes_as_a_scene(tmp_path):
     assert isinstance(run.model.field, GaussianField) and len(run.model.field.means) == 150
     loaded = factorkit.load(tmp_path / "run")
     torch.testing.assert_close(loaded.render(run.poses[:2]).images, run.render(run.poses[:2]).images)
+    assert "cameras_gaussians" in (run.folder / "report.html").read_text(encoding="utf-8")
     splats = factorkit.load(run.export(tmp_path / "splats.ply", data=data))
     torch.testing.assert_close(splats.model.field.means, run.model.field.means, rtol=0, atol=0)
     assert run.sample(1, steps=2).images.isfinite().all()

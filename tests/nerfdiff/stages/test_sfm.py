@@ -94,7 +94,7 @@ def test_find_cameras_known_scene_poses_reprojection_and_resume(tmp_path, photos
 def test_find_cameras_still_background_uses_the_object_and_says_so(tmp_path):
     pixels = [render_photo(pose, make_intrinsics_of(SIZE), SIZE, still=True)[0] for pose in POSES]
     result = sfm.find_cameras(to_images(pixels), tmp_path, False, False)
-    assert "the background stands still while the object turns" in result.describe()[0]
+    assert "the background does not move while the object turns" in result.describe()[0]
     assert len(result.registered) == len(POSES)
     model = read_model(tmp_path)
     poses = torch.from_numpy(np.stack([model.cameras[name].pose for name in result.registered]))

@@ -1,0 +1,111 @@
+"""Photos around an object in a room: when the field covers all of space, and that everything works with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.fields.base import viewer_sampling
+from factorkit.nerfdiff.fields.kinds import build_field
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.scene import choose_unbounded, open_scene
+from factorkit.nerfdiff.train import choose_capture_settings, list_notes, train_nerfdiff
+from factorkit.rendering import Rays, contract, render
+from factorkit.utils.errors import ConfigError
+from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
+
+CPU = torch.device("cpu")
+
+
+def room(count=10, side=16) -> Views:
+    k, poses = make_intrinsics_of((side, side)), orbit(360 * np.arange(count) / count)
+    images = [render_photo(pose, k, (side, side))[0] for pose in poses]
+    tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    intrinsics = torch.from_numpy(k).float().expand(count, 3, 3)
+    return Views(tensor, [f"{i:02d}.jpg" for i in range(count)], intrinsics, poses=torch.from_numpy(poses).float())
+
+
+def choose(views, **settings):
+    config = preset_config("fast", resolution=max(views.size), **{"poses": "known", **settings})
+    scene = open_scene(views, max(views.size), CPU, config.poses == "known")
+    return choose_capture_settings(config, scene), scene
+
+
+def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
+    views = room()
+    config, scene = choose(views)
+    assert config.unbounded == "yes" and any("all of space" in note for note in list_notes(views, scene, config))
+    outwards = scene.poses @ torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    assert choose_unbounded(replace(config, unbounded="auto"), replace(scene, poses=outwards)) == "no"
+    for settings in ({"poses": "predicted", "search": "dictionary"}, {"poses": "learned"}, {"field": "gaussians"}):
+        assert choose(views, **settings)[0].unbounded == "no"
+    assert choose(replace(views, background=torch.ones(3)))[0].unbounded == "no"
+    assert choose(replace(views, masks=torch.ones(10, 1, 16, 16)))[0].unbounded == "no"
+    found = replace(scene, poses=None, initial_poses=scene.poses)
+    assert choose_unbounded(preset_config("fast", search="sfm"), found) == "yes"
+    stored = {"scene": {}, "unbounded": "no"}
+    assert choose_capture_settings(preset_config("fast", poses="known"), scene, stored).unbounded == "no"
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "message"),
+    [
+        ({}, "forward", "forward-facing"),
+        ({"poses": "predicted", "search": "dictionary"}, "object", "needs known poses"),
+        ({"field": "gaussians"}, "object", "Gaussians"),
+    ],
+)
+def test_unbounded_yes_for_another_scene_is_refused(settings, layout, message):
+    views = room()
+    if layout == "forward":
+        views = replace(views, layout="forward", poses=views.poses[:1].expand(10, 4, 4) + 0)
+    with pytest.raises(ConfigError, match=message):
+        choose(views, unbounded="yes", **settings)
+
+
+@pytest.mark.parametrize("kind", ["grid", "hashgrid"])
+def test_field_unbounded_is_the_box_field_of_contracted_positions(kind):
+    field = build_field(kind, 8, 0, unbounded=True)
+    positions = 3 * torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    density, color = field(positions, positions)
+    field.unbounded = False
+    plain, plain_color = field(contract(positions), positions)
+    stretch = positions.abs().amax(1).clamp_min(1) ** 2
+    assert torch.equal(color, plain_color) and torch.equal(density, plain / stretch)
+    inside = positions.abs().amax(1) <= 1
+    assert torch.equal(density[inside], plain[inside]) and (density > 0).all()
+
+
+@pytest.mark.slow
+def test_train_room_renders_exports_and_resumes_as_unbounded(tmp_path, tiny):
+    views, out = room(), tmp_path / "room"
+    settings = tiny | {"resolution": 16, "poses": "known", "field": "hashgrid", "field_steps": 12}
+    run = train_nerfdiff(views, out=out, **settings)
+    assert run.config.unbounded == "yes" and run.model.field.unbounded and run.model.field.occupancy is None
+    again = NerfdiffRun.load(out)
+    assert torch.equal(again.render_path("orbit", frames=2).images, run.render_path("orbit", frames=2).images)
+    far = torch.tensor([[5.0, 0.0, 0.0]])
+    assert again.model.field(far, far)[0] > 0
+    resumed = train_nerfdiff(views, out=out, **settings)
+    assert resumed.step == run.step
+    with pytest.raises(Exception, match="unbounded"):
+        train_nerfdiff(views, out=out, **settings, unbounded="no")
+    mesh = run.export(out / "mesh.ply", level=1e-3, resolution=16)  # of the box in the middle
+    assert mesh.is_file()
+
+
+def test_viewer_sampling_unbounded_field_sees_what_is_outside_the_box():
+    field = build_field("grid", 8, 0, unbounded=True)
+    with torch.no_grad():
+        field.values.fill_(-9.0)
+        field.values[:, :, 7, 0] = 9.0  # contracted, x near 1
+    rays = Rays(torch.tensor([[-2.0, 0, 0]]), torch.tensor([[1.0, 0, 0]]))
+    corners = (-1.0,) * 3, (1.0,) * 3
+    assert render(field, rays, viewer_sampling(field, *corners)).opacity > 0.9
+    field.unbounded = False
+    assert render(field, rays, viewer_sampling(field, *corners)).depth < 3

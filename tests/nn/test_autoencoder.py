@@ -1,0 +1,59 @@
+"""The autoencoder's parts: latents, the KL divergence, and sizes read from stored tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes, kl_divergence
+from factorkit.utils.errors import DataError
+
+SIZES = AutoencoderSizes(channels=(4, 8, 8), num_res_blocks=2, latent_channels=3, norm_groups=2)
+
+
+def test_kl_divergence_equals_its_integral():
+    mean, log_variance = torch.tensor([[0.0, 1.0, -0.5]]).double(), torch.tensor([[0.0, -1.0, 0.7]]).double()
+    x = torch.linspace(-12, 12, 24001, dtype=torch.float64)[:, None]
+    deviation = (log_variance / 2).exp()
+    log_q = -(((x - mean) / deviation).square() / 2) - deviation.log()
+    integrand = log_q.exp() * (log_q + x.square() / 2) / (2 * torch.pi) ** 0.5
+    torch.testing.assert_close(kl_divergence(mean, log_variance)[0], torch.trapezoid(integrand, x, dim=0).mean())
+    assert kl_divergence(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).item() == 0
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("quant_conv", [False, True])
+def test_sizes_from_shapes_of_a_state_equal_those_it_was_built_with(attention, quant_conv):
+    sizes = AutoencoderSizes(
+        **{**vars(SIZES), "attention": attention, "quant_conv": quant_conv, "post_quant_conv": not quant_conv}
+    )
+    model = Autoencoder(sizes)
+    assert AutoencoderSizes.from_shapes({k: v.shape for k, v in model.state_dict().items()}, 2) == sizes
+    output, mean, log_variance = model(torch.zeros(1, 3, 8, 12), torch.zeros(1, 3, 2, 3))
+    assert output.shape == (1, 3, 8, 12) and mean.shape == log_variance.shape == (1, 3, 2, 3)
+    assert sizes.downsample == 4
+
+
+def test_names_of_tensors_are_those_of_diffusers():
+    names = set(Autoencoder(AutoencoderSizes(**{**vars(SIZES), "attention": True})).state_dict())
+    assert {
+        "encoder.conv_in.weight",
+        "encoder.down_blocks.0.resnets.1.norm2.bias",
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+        "encoder.down_blocks.1.downsamplers.0.conv.weight",
+        "encoder.mid_block.attentions.0.group_norm.weight",
+        "encoder.mid_block.attentions.0.to_out.0.bias",
+        "encoder.mid_block.resnets.1.conv1.weight",
+        "encoder.conv_norm_out.weight",
+        "quant_conv.weight",
+        "post_quant_conv.bias",
+        "decoder.up_blocks.0.resnets.2.conv1.weight",
+        "decoder.up_blocks.1.upsamplers.0.conv.bias",
+        "decoder.conv_out.weight",
+    } <= names
+    assert not {name for name in names if name.startswith(("encoder.down_blocks.2.down", "decoder.up_blocks.2.up"))}
+
+
+def test_encode_sides_that_the_factor_does_not_divide_raise():
+    with pytest.raises(DataError, match=r"images of 10 x 8 pixels: both sides must be divisible by 4"):
+        Autoencoder(SIZES).encode(torch.zeros(1, 3, 8, 10))
