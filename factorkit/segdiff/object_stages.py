@@ -254,7 +254,7 @@ class ObjectStages:
 
         def refine(images: Tensor, rows: slice) -> Tensor:
             prior = pool_masks((SHAPE_WEIGHT, shape(segment(images, rows))))
-            masks = resize(fit_colors(scale_lab(images), prior, images), LOGITS_SIDE, LOGITS_SIDE)
+            masks = resize(fit_colors(scale_lab(images), prior, smooth=True), LOGITS_SIDE, LOGITS_SIDE)
             return masks.mul(255).round().byte()
 
         return self.map_images(refine)

@@ -8,17 +8,18 @@ exact border.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter
 from factorkit.nn.unet import ResBlock, TimeEmbedding
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer, without_autocast
 from factorkit.segdiff.masks.saliency import saliency_cue
 from factorkit.segdiff.masks.shape import ShapeDenoiser
+from factorkit.segdiff.masks.smoothness import smooth_masks
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, fit_mixture, share_uniformly
 from factorkit.segdiff.masks.typical import TypicalImages, measure_appearance
 from factorkit.utils.images import signed_to_lab
@@ -30,7 +31,6 @@ CHANNELS, EMBED, NORM_GROUPS = (32, 64, 96), 128, 8  # of the network's levels, 
 LAB_SCALE, LAB_OFFSET = (50.0, 30.0, 30.0), (1.0, 0.0, 0.0)  # bring Lab colours to about [-1, 1]
 MIN_VARIANCE = 0.01  # of a region's colours in this scale; .02 costs .01 IoU on validation horses
 EM_ROUNDS = 3
-GUIDE_RADIUS, GUIDE_EPS = 2, 0.001  # of the guided filter within EM; .01 loses legs of horses, .004 IoU
 CUE_SIDE = 64  # pixels of the copies of images that the cue measures, as square as the mixture's prior
 FIRST_WEIGHTS = 0.5, 0.5  # exponents of the network, and of place and cue, in the prior of the first EM
 SHAPE_WEIGHT, NETWORK_WEIGHT = 1.0, 0.25  # exponents in the prior of the last EM
@@ -76,7 +76,7 @@ class ObjectMasks(MaskProposer):
     def align_with_colors(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the network's and their shapes."""
         prior = pool_masks((SHAPE_WEIGHT, self.shape(self.align_coarsely(images, masks))), (NETWORK_WEIGHT, masks))
-        return fit_colors(scale_lab(images), prior, images)
+        return fit_colors(scale_lab(images), prior, smooth=True)
 
     def align_coarsely(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return masks of EM whose prior are the network's masks, place and cue; the shapes are not used."""
@@ -114,22 +114,15 @@ def measure_cue(images: Tensor) -> Tensor:
     return resize(cue[:, None], *images.shape[2:])[:, 0]
 
 
-def fit_colors(colors: Tensor, prior: Tensor, guide: Tensor | None = None) -> Tensor:
+def fit_colors(colors: Tensor, prior: Tensor, smooth: bool = False) -> Tensor:
     """Return the masks [B, K, H, W] of a mixture of the colours of each image, one Gaussian a region.
 
     Args:
         colors: of :func:`scale_lab`, [B, 3, H, W].
         prior: of the regions [B, K, H, W].
-        guide: images [B, 3, H, W] whose edges the masks follow after every round (guided filter); None: none.
+        smooth: neighbours of like colours agree after every round.
     """
-
-    def follow_edges(masks: Tensor) -> Tensor:
-        assert guide is not None
-        coefficients = fit_guided_filter(guide, masks, GUIDE_RADIUS, GUIDE_EPS)
-        filtered = apply_guided_filter(coefficients, guide).clamp(1e-3, 1)
-        return filtered / filtered.sum(1, keepdim=True)
-
-    refine = None if guide is None else follow_edges
+    refine = partial(smooth_masks, colors=colors) if smooth else None
     masks = fit_mixture(colors, share_uniformly(prior), EM_ROUNDS, refine, MIN_VARIANCE).logits.softmax(1)
     return masks if refine is None else refine(masks)
 
