@@ -235,7 +235,7 @@ def _try_sfm(
         check = Training(config, scene, request.folder / SFM_FOLDER / "check", settings, request.progress)
         assert scene.initial_poses is not None
         cross = check.cross_fit("sfm", scene.initial_poses, scene).cross
-    limit = MAX_CROSS[scene.layout]
+    limit = MAX_CROSS["unbounded" if config.unbounded == "yes" else scene.layout]
     if cross <= limit:
         return found, Trial("sfm", cross)
     problem = f"a field fitted to half of the views leaves {cross:.2f} > {limit:g} of the variance of the others."
