@@ -48,21 +48,23 @@ FAULTS = {
     "clutter": "the masks are 3% of the image too wide and show a cluttered background",
     "masks": "in 5% of the views the mask lacks half of the object",
     "focal": "the given focal length is 25% too short",
+    "stops": "the turntable goes three times as fast in parts of the turn, and stops twice for 5 views; not in all",
 }
+ALL = tuple(name for name in FAULTS if name != "stops")
 
 
 def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60, size: int = 32) -> Views:
     """Return views of the procedural scene on a turntable, in order, with masks and true poses.
 
     Args:
-        faults: names of :data:`FAULTS`; "all" is all of them.
+        faults: names of :data:`FAULTS`; "all" is :data:`ALL`.
         seed: of the faults, of the first azimuth and of the elevation (15 to 35 degrees).
         count: number of views of the whole turn.
         size: side of the images in pixels.
     """
     if unknown := set(faults) - {*FAULTS, "all"}:
         raise ValueError(f"faults {sorted(unknown)}: choose from {', '.join(FAULTS)}, all")
-    on = set(FAULTS) if "all" in faults else set(faults)
+    on = {*faults, *ALL} if "all" in faults else set(faults)
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -72,6 +74,8 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
         return values if fault in on else torch.zeros_like(values)
 
     pace = 1 + where("pace", 0.7 * uniform(count))
+    if "stops" in on:
+        pace = pace * _uneven_pace(count, seed)
     azimuth = (pace.cumsum(0) / pace.sum() + torch.rand(1, generator=generator)) * 2 * math.pi
     elevation = 25 + 10 * uniform(1) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
     elevation = elevation.deg2rad()
@@ -117,6 +121,16 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
         background=torch.ones(3),
         has_focal="focal" not in on,
     )
+
+
+def _uneven_pace(count: int, seed: int) -> Tensor:
+    """Return the relative pace [count] of a turntable that is slow, fast, slow and fast, and stops while it is slow."""
+    pace = torch.ones(count)
+    first, quarter = seed * 7 % count, count // 4  # the first view of a slow part, and the views of a part
+    for start in (first, first + 2 * quarter):
+        pace[torch.arange(start + quarter, start + 2 * quarter) % count] = 3.0
+        pace[torch.arange(start + quarter // 3, start + quarter // 3 + count // 12) % count] = 0.0
+    return pace
 
 
 def _rotations(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> None:
     import factorkit
     from factorkit.diffusion.samplers import count_evaluations
     from factorkit.metrics.frechet import frechet_distance, random_features
-    from factorkit.segdiff.train import load_data
+    from factorkit.segdiff.training_images import load_data
 
     run = factorkit.load(args.run)
     names = (
@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace) -> None:
     condition = {"classes": " ".join(args.classes), "guidance": args.guidance} if args.classes else {}
     model = " ".join([args.name, *(f"{k}={v}" for k, v in (settings | condition).items())])
     guided = {"classes": "all" if args.classes == ["all"] else args.classes, "guidance": args.guidance}
-    dataset, prepared, _ = load_data(args.data, run.config, progress=False)
+    config = run.config
+    dataset, prepared, _ = load_data(args.data, config.resolution, config.holdout, config.mask_set, progress=False)
     unit = lambda images: torch.from_numpy(images.copy()).movedim(3, 1).float() / 255  # noqa: E731
     real = random_features(unit(prepared.images))
     facts = {

@@ -58,7 +58,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
     from factorkit.segdiff.config import preset_config
     from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
-    from factorkit.segdiff.train import load_data
+    from factorkit.segdiff.training_images import load_data
 
     settings = SETTINGS | {
         "random_flip": args.mirror,
@@ -67,7 +67,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
         "regions": args.regions,
     }
     config = preset_config(**settings, resolution=32).resolved()
-    dataset, prepared, probes = load_data(args.data, config, False)
+    dataset, prepared, probes = load_data(args.data, config.resolution, config.holdout, config.mask_set, False)
     split = load_labelled(dataset.test_images, dataset.test_masks, 32)
     from factorkit.utils.images import pixels_to_signed
 

@@ -55,7 +55,7 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
 
     import factorkit
     from factorkit.segdiff.config import preset_config
-    from factorkit.segdiff.train import load_data
+    from factorkit.segdiff.training_images import load_data
 
     config = preset_config(**{"preset": args.preset, "form": args.form, **changes}).resolved()
     masks = config.masks
@@ -87,7 +87,7 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     drawn = {}
     if args.processor_seconds:
-        photos = load_data(args.data, run.config, progress=False)[1].images
+        photos = load_data(args.data, config.resolution, holdout, config.mask_set, progress=False)[1].images
         drawn = {"drawn": run.evaluate_generation(photos, n=DRAWN_IMAGES)}
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]

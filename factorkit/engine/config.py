@@ -274,8 +274,9 @@ def register_renamed_settings(
         added: settings with another default than runs had before there was the setting -> what those runs had.
         unread: settings that runs stored but read only beside a value of another one -> (the other, its value).
     """
-    optional = (dict(table or {}) for table in (values, removed, tensors, added, unread))
-    changes = _Changes(dict(names), *optional)
+    changes = _Changes(
+        dict(names), dict(values or {}), dict(removed or {}), dict(tensors or {}), dict(added or {}), dict(unread or {})
+    )
     _CHANGES.update(dict.fromkeys(models, changes))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import target_size
-from factorkit.nerfdiff.cameras.paths import camera_path
+from factorkit.nerfdiff.cameras.poses import camera_path
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.utils import distributed
@@ -53,7 +53,7 @@ class RenderedScene:
         return self.model.views.cpu()
 
     def _make_path(self, kind: str, frames: int) -> Tensor:
-        """Return the poses [frames, 4, 4] of a path; see :func:`factorkit.nerfdiff.cameras.paths.camera_path`."""
+        """Return the poses [frames, 4, 4] of a path; see :func:`factorkit.nerfdiff.cameras.poses.camera_path`."""
         return camera_path(kind, frames, self.poses, "forward" if self.model.camera.forward_facing else "object")
 
     def render(

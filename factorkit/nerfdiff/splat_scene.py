@@ -12,7 +12,7 @@ from torch import Tensor
 from factorkit.data.views.views import Views
 from factorkit.engine.config import resolve_device
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.cameras.paths import camera_path
+from factorkit.nerfdiff.cameras.poses import camera_path
 from factorkit.nerfdiff.export import SPLAT_SUFFIXES
 from factorkit.nerfdiff.export.splats import read_splats, save_splats
 from factorkit.nerfdiff.fields.gaussians import GaussianField

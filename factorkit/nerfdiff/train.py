@@ -21,7 +21,7 @@ from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
-from factorkit.nerfdiff.previews.files import save_masks
+from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, choose_unbounded, open_scene, require_poses

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
+from factorkit.nerfdiff.export.shapes import MAX_DEPTH, point_cloud
 from factorkit.nerfdiff.fields.base import ImageField, field_device, viewer_sampling
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.rays import CameraModel, limit_depth, render_views

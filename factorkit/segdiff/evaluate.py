@@ -13,8 +13,7 @@ from torch import Tensor
 from factorkit.data.files import format_examples
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.metrics.baselines import score_baselines
-from factorkit.metrics.class_matching import nested_accuracy
-from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.metrics.segmentation import evaluate_masks, nested_accuracy
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import hard_labels, level_labels, scored_level
 from factorkit.utils import distributed

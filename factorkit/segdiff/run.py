@@ -10,8 +10,7 @@ import torch
 
 from factorkit.engine.config import resolve_device
 from factorkit.engine.run_folder import TrainedRun, load_trained, select_settings, write_json
-from factorkit.metrics.frechet import compute_fid
-from factorkit.metrics.inception import find_weights
+from factorkit.metrics.frechet import compute_fid, find_weights
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
 from factorkit.segdiff.drawn_images import choose_photos, log_drawn_checks, score_drawn, skip_checks
@@ -170,7 +169,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             size: side in pixels at which to score; None: the resolution of the model.
             quality: as for :meth:`segment`.
             nesting: number of classes at each level of nested labels (label 3 i + j of (3, 3) is part j of class i):
-                score each level by :func:`~factorkit.metrics.class_matching.nested_accuracy` instead.
+                score each level by :func:`~factorkit.metrics.segmentation.nested_accuracy` instead.
 
         Raises:
             ConfigError: ``num_fit_images`` leaves nothing to score, t out of range, a plain DDPM, or over 12 regions.
@@ -218,7 +217,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             The figures of :class:`~factorkit.segdiff.drawn_images.DrawnScores` and ``noise_share``; for a run with
             regions ``mask_agreement``, the share of pixels to which segmenting a drawn image gives the region that it
             was drawn with, and ``mask_agreement_by_chance``, that of another image's regions; ``fid`` where Inception's
-            weights are (:mod:`factorkit.metrics.inception`); ``training_seconds`` of a run folder, with its stages.
+            weights are (:mod:`factorkit.metrics.frechet`); ``training_seconds`` of a run folder, with its stages.
 
         Raises:
             ConfigError: an unknown sampler, or steps out of range.

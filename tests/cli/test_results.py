@@ -208,7 +208,7 @@ def test_prepare_fills_cache_that_training_reads(photos, run_json, run_cli, tmp_
 def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp_path, small):
     monkeypatch.setitem(PRESETS, "demo", {**small, "masks": "network"})
     monkeypatch.setattr(
-        "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
+        "factorkit.segdiff.training_images.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
     )
     out = tmp_path / "demo"
     code, text, _ = run_cli("demo", "segdiff", "--out", out, "--seed", 3)

@@ -131,7 +131,9 @@ def test_check_batch_indivisible_batch_raises(toy, monkeypatch):
         toy(batch_size=4)
     with pytest.raises(ConfigError, match="such as batch_size=3 "):
         toy(batch_size=2)
-    monkeypatch.setattr("factorkit.segdiff.train.prepare", lambda *given, **options: pytest.fail("prepared already"))
+    monkeypatch.setattr(
+        "factorkit.segdiff.training_images.prepare", lambda *given, **options: pytest.fail("prepared already")
+    )
     with pytest.raises(ConfigError, match="batch_size=16 .* 3 processes"):
         factorkit.train_segdiff(out="runs", preset="demo", device="cpu")
 

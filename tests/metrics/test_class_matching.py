@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from factorkit.metrics.class_matching import IGNORE_LABEL, count_overlaps, match_classes, nested_accuracy, score_classes
+from factorkit.metrics.segmentation import IGNORE_LABEL, count_overlaps, match_classes, nested_accuracy, score_classes
 from factorkit.utils.errors import ConfigError, DataError
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.metrics.frechet import compute_fid, frechet_distance
-from factorkit.metrics.inception import WEIGHTS, Inception, load_inception
+from factorkit.metrics.frechet import WEIGHTS, Inception, compute_fid, frechet_distance, load_inception
 from factorkit.utils.errors import ConfigError, DataError
 
 

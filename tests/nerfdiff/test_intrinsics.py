@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
-from factorkit.nerfdiff.cameras.poses import FreePoses, direction_grid, orbit_poses
+from factorkit.nerfdiff.alarms import unexplained_variance
+from factorkit.nerfdiff.cameras.poses import FreePoses, direction_grid, dolly_poses, orbit_poses
+from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.rays import render_views
-from factorkit.nerfdiff.scene import gather_pixels, match_size, open_scene, relative_intrinsics, shared_camera
+from factorkit.nerfdiff.scene import (
+    gather_pixels,
+    match_size,
+    open_scene,
+    relative_intrinsics,
+    scale_focal,
+    shared_camera,
+)
 from factorkit.nerfdiff.stages.dictionary import candidate_errors
-from factorkit.nerfdiff.stages.refine import SceneFit
+from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.train import train_nerfdiff
 
 CPU = torch.device("cpu")
@@ -83,6 +93,26 @@ def test_candidate_errors_of_two_cameras_equal_those_of_each(views):
 
 
 @pytest.mark.slow
+def test_fit_task_alarms_use_the_focal_length_of_the_fit(tmp_path):
+    views = make_procedural_views(6, 12, seed=1)
+    scene = open_scene(views, 12, CPU)
+    short = scale_focal(scene, 1 / 1.5)
+    model = SceneFit(
+        make_scene_field(),
+        FreePoses(dolly_poses(views.poses, 1 / 1.5)),
+        short.camera,
+        (12, 12),
+        32,
+        optimize_focal=True,
+    )
+    model.log_focal.data.fill_(math.log(1.5))
+    task = FitTask(preset_config("fast", resolution=12), short, model, preview_name="refine")
+    with torch.no_grad():
+        error = task.inspect(model, 10, tmp_path)["error"]
+    true = unexplained_variance(make_scene_field(), scene, views.poses, task.config.samples_per_ray)
+    assert error == pytest.approx(true, abs=1e-3)
+
+
 @pytest.mark.parametrize("settings", [{}, {"search": "joint"}])
 def test_train_two_focal_lengths_run_keeps_them_and_resumes(tmp_path, tiny, settings):
     views = make_views(6, 8, 1)

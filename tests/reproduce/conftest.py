@@ -9,8 +9,8 @@ from PIL import Image
 
 from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
-from factorkit.reproduce import generation, nerfdiff_runs, reproduce
-from factorkit.reproduce.experiments import image_figures
+from factorkit.reproduce import reproduce
+from factorkit.reproduce.experiments import generated_images, image_figures, scenes
 
 SEGDIFF = {
     "resolution": 16,
@@ -58,10 +58,10 @@ def quick(tmp_path_factory, monkeypatch):
     """Use few images, views and steps and a separate cache; skip GrabCut and the refinement of test poses."""
     torch.set_num_threads(1)
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
-    monkeypatch.setitem(generation.GENERATED, "small", (12, 2))
+    monkeypatch.setitem(generated_images.GENERATED, "small", (12, 2))
     monkeypatch.setattr(image_figures, "STEPS", 3)
-    monkeypatch.setattr(nerfdiff_runs, "NUM_PROCEDURAL_VIEWS", 14)
-    monkeypatch.setattr(nerfdiff_runs, "HELD_OUT_VIEWS", 6)
+    monkeypatch.setattr(scenes, "NUM_PROCEDURAL_VIEWS", 14)
+    monkeypatch.setattr(scenes, "HELD_OUT_VIEWS", 6)
     monkeypatch.setattr("factorkit.nerfdiff.evaluate.register_scene", lambda model, start, true, images: start)
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))

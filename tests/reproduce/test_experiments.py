@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import factorkit
-from factorkit.reproduce import generation, list_experiments
+from factorkit.reproduce import list_experiments
 from factorkit.reproduce.experiment import SCALES, Setup
+from factorkit.reproduce.experiments import generated_images
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.config import preset_config
 
@@ -153,5 +154,5 @@ def test_multiply_adds_equal_independent_count():
 
     The latter counts the skips' part of each shortcut once per branch.
     """
-    counts = [generation.count_multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]
+    counts = [generated_images.count_multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]
     assert np.array(counts) / 1e9 == pytest.approx([39.7, 123.7], rel=0.015)

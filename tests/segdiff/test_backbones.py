@@ -12,7 +12,7 @@ from PIL import Image
 
 import factorkit
 from factorkit.cli.main import main
-from factorkit.reproduce.generation import count_multiply_adds
+from factorkit.reproduce.experiments.generated_images import count_multiply_adds
 from factorkit.segdiff.baselines.datasetddpm import pixel_features
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import count_parameters

@@ -1,4 +1,4 @@
-"""Camera poses: directions around an object, positions of forward-facing cameras, and poses as parameters.
+"""Camera poses: directions around an object, positions of forward-facing cameras, poses as parameters, and paths.
 
 Object scenes fill the box [-1, 1]^3 with z up. A camera's *direction* is the unit vector from the origin to it.
 Forward-facing cameras are near the origin and look along -z.
@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.rendering import look_at
+from factorkit.utils.errors import ConfigError
 
 CONVERGENCE_DEPTH = 4.0  # where forward-facing cameras look at one point, in near-plane depths
 FRAMING = 0.9  # share of the image's side that the middle of the box fills
 
 #: parameters of a view's camera beyond its direction -> how many numbers each has
 POSE_PARAMETERS = {"roll": 1, "aim": 2, "distance": 1}
+SPIRAL_DEGREES = 15.0  # by which the elevation of a spiral around an object varies
+FORWARD_RADIUS = 0.6  # radius of a path in a forward-facing scene, in units of the cameras' standard deviation
 
 
 def direction_vectors(azimuth: Tensor, elevation: Tensor) -> Tensor:
@@ -224,3 +227,33 @@ class FreePoses(nn.Module):
     def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Return poses [B, 4, 4] of views with these indices."""
         return self.base[indices] @ rodrigues_poses(self.numbers[indices])
+
+
+def camera_path(kind: str, frames: int, poses: Tensor, layout: str) -> Tensor:
+    """Return poses [frames, 4, 4] of a closed path at the mean elevation and distance of the views.
+
+    Args:
+        kind: "orbit" at one elevation, or "spiral", which varies it. In a forward-facing scene both are circles in the
+            cameras' plane; the spiral also varies the depth.
+        frames: at least 1.
+        poses: of the views, [V, 4, 4].
+        layout: "object" or "forward".
+
+    Raises:
+        ConfigError: unknown kind, or no frames.
+    """
+    if kind not in ("orbit", "spiral"):
+        raise ConfigError(f"path={kind!r} is unknown; give orbit, spiral or poses")
+    if frames < 1:
+        raise ConfigError(f"frames={frames}: give at least 1")
+    angle = torch.arange(frames) * (2 * math.pi / frames)
+    wave = (2 * angle).sin() if kind == "spiral" else 0 * angle
+    if layout == "forward":
+        spread = poses[:, :3, 3].std(0, correction=0)
+        circle = torch.stack([angle.cos(), angle.sin(), wave], dim=1)
+        path = torch.eye(4).repeat(frames, 1, 1)
+        path[:, :3, 3] = poses[:, :3, 3].mean(0) + FORWARD_RADIUS * spread * circle
+        return path
+    elevation = camera_directions(poses)[:, 2].clamp(-1, 1).asin().rad2deg().mean() + SPIRAL_DEGREES * wave
+    distance = poses[:, :3, 3].norm(dim=1).mean()
+    return orbit_poses(direction_vectors(angle.rad2deg(), elevation.clamp(-85, 85)), distance)

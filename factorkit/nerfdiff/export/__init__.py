@@ -14,8 +14,7 @@ from factorkit.data.views.views import Views
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.export.cameras import COLMAP_FILES, make_colmap, make_transforms
 from factorkit.nerfdiff.export.images import ExportView, list_stored
-from factorkit.nerfdiff.export.mesh import surface_mesh
-from factorkit.nerfdiff.export.points import MAX_DEPTH, Shape, move_shape, point_cloud
+from factorkit.nerfdiff.export.shapes import MAX_DEPTH, Shape, move_shape, point_cloud, surface_mesh
 from factorkit.nerfdiff.export.splats import save_splats
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.rays import limit_depth

@@ -18,7 +18,7 @@ from factorkit.data.views.cameras import FisheyeDistortion, Lens
 from factorkit.data.views.colmap import CAMERA_MODELS
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.export.images import ExportView, Files, make_images, make_loss_masks
-from factorkit.nerfdiff.export.points import Shape
+from factorkit.nerfdiff.export.shapes import Shape
 from factorkit.utils.errors import DataError, format_count
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.export.points import to_y_up
+from factorkit.nerfdiff.export.shapes import to_y_up
 from factorkit.nerfdiff.fields.gaussians import GaussianField
-from factorkit.ops.spherical_harmonics import MAX_DEGREE, harmonic_basis
+from factorkit.ops.encodings import MAX_DEGREE, harmonic_basis
 from factorkit.utils.errors import DataError, format_count
 
 NUM_DIRECTIONS = 64  # that determine the 16 coefficients of rotated harmonics; they are exact from 16 on
@@ -112,8 +112,9 @@ def read_splats(path: Path) -> GaussianField:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    read = _read_spz if path.suffix.lower() == ".spz" else _read_ply
-    parts = {name: torch.from_numpy(x.astype("f4")) for name, x in read(path, content).items()}
+    is_spz = path.suffix.lower() == ".spz"
+    arrays = _read_spz(path, content) if is_spz else _read_ply(path, content)
+    parts = {name: torch.from_numpy(x.astype("f4")) for name, x in arrays.items()}
     count = len(parts["means"])
     finite = torch.stack([x.flatten(1).isfinite().all(1) for x in parts.values()]).all(0)
     if not finite.any():
@@ -123,6 +124,7 @@ def read_splats(path: Path) -> GaussianField:
         warnings.warn(f"{path}: {left_out} with numbers that are not finite left out", stacklevel=2)
         parts = {k: x[finite] for k, x in parts.items()}
     field = GaussianField(int(finite.sum()))
+    field.antialiased = bool(parts.pop("antialiased", torch.zeros(1)).any())
     harmonics = torch.nn.functional.pad(parts.pop("harmonics"), (0, 0, 0, HARMONICS))[:, :HARMONICS]
     field.load_state_dict(
         {**parts, "opacities": parts["opacities"][:, 0], "colors": harmonics[:, :1], "directional": harmonics[:, 1:]}
@@ -213,7 +215,9 @@ def save_spz(path: Path, field: GaussianField, moved: Similarity) -> None:
     packed = (largest.astype(np.uint32) - 1) % 4  # numbered as x, y, z, w
     for i in (1, 2, 3, 0):
         packed = np.where(largest == i, packed, packed << 10 | parts[:, i])
-    header = np.array([SPZ_MAGIC, SPZ_VERSION, len(means)], "<u4").tobytes() + bytes([MAX_DEGREE, fraction, 0, 0])
+    header = np.array([SPZ_MAGIC, SPZ_VERSION, len(means)], "<u4").tobytes() + bytes(
+        [MAX_DEGREE, fraction, field.antialiased, 0]
+    )
     arrays = [
         fixed.view(np.uint8).reshape(-1, 3, 4)[..., :3],
         _to_bytes(255 / (1 + np.exp(-opacities))),
@@ -231,7 +235,7 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def _read_spz(path: Path, content: bytes) -> dict[str, np.ndarray]:
-    """Return means, log_scales, quaternions, opacities [N, 1] and harmonics [N, K, 3]."""
+    """Return what :func:`_read_ply` does, and whether the Gaussians are antialiased [N, 1]."""
     unzip = zlib.decompressobj(wbits=31)
     try:
         header = unzip.decompress(content, 16).ljust(16, b"\0")
@@ -268,6 +272,7 @@ def _read_spz(path: Path, content: bytes) -> dict[str, np.ndarray]:
         "log_scales": blocks[3] / 16 - 10,
         "quaternions": quaternions,
         "opacities": np.log(opacity / (1 - opacity)),
+        "antialiased": np.full((count, 1), header[14] & 1),
         "harmonics": np.concatenate(
             [(blocks[2][:, None] / 255 - 0.5) / SPZ_COLOR, (blocks[5].reshape(count, -1, 3) - 128.0) / 128], axis=1
         ),

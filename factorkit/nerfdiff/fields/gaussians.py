@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from factorkit import ops
 from factorkit.nerfdiff.fields.base import Field, ImageField
-from factorkit.ops.spherical_harmonics import C0, MAX_DEGREE
+from factorkit.ops.encodings import C0, MAX_DEGREE
+from factorkit.ops.project_gaussians import LOW_PASS
 from factorkit.rendering import Rendered, from_ndc, image_rays
 from factorkit.utils.rng import derived_seed
 
@@ -45,9 +46,11 @@ class GaussianField(ImageField):
     Attributes:
         box_scale: [2], coordinates in the box of a forward-facing scene at a slope of 1 to the viewing axis; None: the
             box is in world coordinates.
+        antialiased: whether the Gaussians were trained with the compensation of the low-pass term: some .spz files.
     """
 
     box_scale: Tensor | None
+    antialiased: bool = False
 
     def __init__(self, count: int, seed: int = 0):
         super().__init__()
@@ -143,13 +146,17 @@ class GaussianField(ImageField):
         rotation = pose[:3, :3] * pose.new_tensor([1.0, -1.0, -1.0])  # OpenGL's axes to OpenCV's
         upper = torch.cat([rotation.T, -(rotation.T @ pose[:3, 3:])], dim=1)
         view = torch.cat([upper, pose.new_tensor([[0.0, 0.0, 0.0, 1.0]])])
+        # Larger images than those of the fit are as blurred as these were: thinner Gaussians would leave gaps.
+        low_pass = LOW_PASS * max(1.0, max(size) / self.side) ** 2 if self.side else LOW_PASS
         projected = ops.project_gaussians(
-            self.means, self.quaternions, self.log_scales.exp(), view, intrinsics.to(view), size
+            self.means, self.quaternions, self.log_scales.exp(), view, intrinsics.to(view), size, low_pass=low_pass
         )
         harmonics = torch.cat([self.colors, self.directional], dim=1)
         colors = ops.spherical_harmonics(self.means - pose[:3, 3], harmonics, self.degree) + 0.5
-        # Without the compensation of the low-pass term, as the viewers of exported files draw them.
-        drawn = ops.rasterize_gaussians(projected, colors.clamp_min(0), self.opacities.sigmoid(), size)
+        opacities = self.opacities.sigmoid()
+        if self.antialiased:
+            opacities = opacities * projected.compensations
+        drawn = ops.rasterize_gaussians(projected, colors.clamp_min(0), opacities, size)
         depth = drawn.depth
         if self.box_scale is None:
             depth = depth / -(image_rays(pose, intrinsics, *size).directions * pose[:3, 2]).sum(-1)

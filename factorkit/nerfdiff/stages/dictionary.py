@@ -18,7 +18,7 @@ from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.previews.files import save_cameras
+from factorkit.nerfdiff.previews.views import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, apply_appearance, render_views
 from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, mean_squared_error
 from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors

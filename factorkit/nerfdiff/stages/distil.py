@@ -17,7 +17,7 @@ from factorkit.nerfdiff.cameras.candidates import Candidates, LookAtCandidates
 from factorkit.nerfdiff.cameras.poses import camera_directions, direction_vectors, orbit_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
-from factorkit.nerfdiff.previews.files import save_model_previews
+from factorkit.nerfdiff.previews.views import save_model_previews
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages.joint import add_noise

@@ -23,7 +23,7 @@ from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import update_occupancy
 from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
-from factorkit.nerfdiff.previews.files import save_model_previews
+from factorkit.nerfdiff.previews.views import save_model_previews
 from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import Scene, gather_pixels, mean_squared_error
 from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from factorkit.nerfdiff.stages.stage_training import StageTraining
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
 MASK_WEIGHT = 0.3  # of the silhouettes, in the refinement of objects off the centre or in order
+MAX_RING_RATIO = 0.6  # of the held-out errors of both ways around: turns have .27 to .47
 # of the short fit that separates starts
 START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
 
@@ -72,9 +74,11 @@ class DictionarySearch:
         rows = config.num_elevations
         elevations = [low + (high - low) * (i + 0.5) / rows for i in range(rows)]
         places = direction_grid(config.num_azimuths, elevations).to(training.device)
-        start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
+        search = partial(self._assign_views, places, partial(orbit_poses, distance=scene.distance))
         if config.ordered == "yes":
-            place = self._choose_start(place)
+            place = self._choose_start(lambda: search()[1])
+        else:
+            start, place = search()
         if self.aim is not None or config.ordered == "yes":
             refine = partial(refine, mask_weight=MASK_WEIGHT)
         if self.aim is not None or config.ordered == "yes" or "focal" in (config.optimize_camera or ()):
@@ -115,24 +119,28 @@ class DictionarySearch:
         start = training.add_occupancy(found.field.resampled(config.grid_resolution))
         return start, found.poses.places[found.poses.assigned]
 
-    def _choose_start(self, place: Tensor) -> Tensor:
-        """Return ``place`` [V, 3] or an even ring: from which a short fit explains held-out views best."""
+    def _choose_start(self, search: Callable[[], Tensor]) -> Tensor:
+        """Return an even ring, or what ``search`` returns [V, 3]: from which a short fit explains held-out views best.
+
+        The search is left out if one way around explains the views much better than the other: then a ring fits.
+        """
         training = self.training
         starts, errors = {}, {}
 
         def try_start(name: str, direction: Tensor) -> float:
-            starts[name] = direction.to(place)
+            starts[name] = direction.to(training.device)
             poses = self._orbit_poses(starts[name]).requires_grad_()
             fitted = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
             errors[name] = training.cross_fit(f"start {name} half ", fitted.poses().detach(), self.scene).cross
             return errors[name]
 
-        try_start("search", place)
         first, *others = RING_ELEVATIONS
         left, right = (try_start(f"{way} {first:g}", ring_directions(self.scene, way, first)) for way in WAYS)
         way = WAYS[0] if left <= right else WAYS[1]
         for elevation in others:
             try_start(f"{way} {elevation:g}", ring_directions(self.scene, way, elevation))
+        if not min(left, right) < MAX_RING_RATIO * max(left, right):
+            try_start("search", search())
         best = min(errors, key=lambda name: errors[name])
         training.log_once("starts", held_out_cross=errors, best=best)
         return starts[best]

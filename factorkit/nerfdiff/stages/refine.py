@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.cameras.poses import dolly_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
-from factorkit.nerfdiff.previews.files import save_cameras
+from factorkit.nerfdiff.previews.views import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, gather_pixels, gaussian_blur, mean_squared_error
 from factorkit.rendering import Rendered
@@ -212,4 +213,5 @@ class FitTask:
         save_cameras(folder / f"{step:06d}_cameras_{self.preview_name}.png", self.scene.layout, poses)
         if self.scene.layout != "object":
             return {}
-        return scene_alarms(self.config, self.scene, model.field, poses, settled=step == self.config.steps)
+        scene = replace(self.scene, camera=model.camera)  # the poses are at the distance of its focal length
+        return scene_alarms(self.config, scene, model.field, poses, settled=step == self.config.steps)

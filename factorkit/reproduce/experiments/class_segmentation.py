@@ -12,8 +12,7 @@ import numpy as np
 
 from factorkit.data.masks import load_labelled
 from factorkit.data.prepare import prepare
-from factorkit.metrics.class_matching import IGNORE_LABEL, count_overlaps, match_classes, score_classes
-from factorkit.metrics.segmentation import MAX_REGIONS
+from factorkit.metrics.segmentation import IGNORE_LABEL, MAX_REGIONS, count_overlaps, match_classes, score_classes
 from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.reproduce.experiment import (
     SHARED_TRAINING_DURATION,

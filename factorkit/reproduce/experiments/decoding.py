@@ -9,7 +9,7 @@ import numpy as np
 
 from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import CellResult, Citation, Experiment, Row, RowArrays, Setup
-from factorkit.reproduce.generation import DISTANCE, FID, NOTE, fid, generate, random_distance
+from factorkit.reproduce.experiments.generated_images import DISTANCE, FID, NOTE, fid, generate, random_distance
 from factorkit.reproduce.segdiff_runs import (
     FIXED,
     GRID_IMAGES,

@@ -1,4 +1,4 @@
-"""Tables 2.1 and 2.2, figures 2.3, 2.4, 2.19 and 2.20: foreground without labels, beside trivial predictors."""
+"""Tables 2.1 and 2.2, figures 2.3, 2.4 and 2.18 to 2.20: foreground without labels, beside trivial predictors."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ NOTES = (
     "The cited rows are of their own splits and resolutions, each scored as its paper did: ReDO and IEM by the better "
     "polarity.",
 )
+LEVELS_PRESET = "cub64"
+LEVELS = (0, 10, 20, 30, 40, 50, 60)  # of a schedule of 1000
+TABLE_1, TABLE_2 = "dissertation, table 2.1", "dissertation, table 2.2"
 
 
 def _score_trivial(trainings: Trainings, baseline: str, seed: int) -> CellResult:
@@ -104,7 +107,27 @@ def _table(preset: str, **fields: Any) -> Experiment:
     )
 
 
-TABLE_1, TABLE_2 = "dissertation, table 2.1", "dissertation, table 2.2"
+def _level_rows(setup: Setup) -> list[Row]:
+    trainings = Trainings(setup, LEVELS_PRESET)
+    models = list_our_models(trainings)
+    return [
+        Row(f"{model.row}, t = {t}", partial(_score_level, trainings, model, t)) for model in models for t in LEVELS
+    ]
+
+
+def _score_level(trainings: Trainings, model: OurModel, level: int, seed: int) -> CellResult:
+    run, held_out = trainings.train(model.label, seed, **model.changes), trainings.labelled()
+    t = level * run.config.timesteps // 1000
+    return score_regions(held_out, predict_regions(run, held_out.labelled.images, t), run.config.nesting)
+
+
+def _draw_levels(setup: Setup, arrays: RowArrays) -> Sequence[str]:
+    held_out = Trainings(setup, LEVELS_PRESET).labelled()
+    rows = [list(held_out.labelled.images[held_out.shown])]
+    rows += [[unit_to_uint8(mask) for mask in row["foreground"]] for row in arrays.values()]
+    return [setup.save_image(draw_image_grid(rows, None, ["image", *arrays]), "levels.png")]
+
+
 EXPERIMENTS = (
     _table(
         "flowers64",
@@ -138,5 +161,15 @@ EXPERIMENTS = (
             _cite("ours", TABLE_2, 0.896, 0.561, 0.694),
         ),
         figures=("fig2.4", "fig2.20"),
+    ),
+    Experiment(
+        name="fig2.18",
+        title="segmentation against the noise level t",
+        data="birds: CUB-200-2011, or any folder with images/ and masks/; the default is procedural flowers",
+        duration=SHARED_TRAINING_DURATION,
+        columns=FIXED,
+        rows=_level_rows,
+        notes=("The dissertation shows images alone.",),
+        draw=_draw_levels,
     ),
 )

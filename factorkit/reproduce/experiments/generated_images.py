@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from factorkit.metrics.class_matching import count_overlaps, score_classes
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from factorkit.metrics import frechet
+from factorkit.metrics.segmentation import count_overlaps, score_classes
 from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
-from factorkit.reproduce.experiment import CellResult, Citation, Column, Experiment, Row, RowArrays, Setup, percent
+from factorkit.reproduce.experiment import (
+    CellResult,
+    CellUnavailableError,
+    Citation,
+    Column,
+    Experiment,
+    Row,
+    RowArrays,
+    Setup,
+    percent,
+)
 from factorkit.reproduce.experiments.class_segmentation import (
     NUM_CLUSTERS,
     choose_our_regions,
@@ -17,17 +32,66 @@ from factorkit.reproduce.experiments.class_segmentation import (
     train_ours,
     train_plain,
 )
-from factorkit.reproduce.generation import DISTANCE, FID, NOTE, count_multiply_adds, fid, generate, random_distance
 from factorkit.reproduce.segdiff_runs import GRID_IMAGES, Trainings, list_our_models, predict_regions
 from factorkit.segdiff.baselines.supervised import predict_classes
-from factorkit.segdiff.run import SegdiffRun
-from factorkit.utils.images import images_to_pixels
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.run import Generation, SegdiffRun
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels, pixels_to_images
 
+#: Number of generated images, and of denoising steps (None for the whole schedule), by scale.
+GENERATED: dict[str, tuple[int, int | None]] = {"small": (256, 25), "gpu": (5000, 50), "full": (50_000, None)}
+
+DISTANCE = Column("frechet", "Fréchet, random features", 1.0, 3, lower=True)
+FID = Column("fid", "FID", 1.0, 2, lower=True)
+NOTE = (
+    "Fréchet, random features: the distance of Heusel et al. 2017 between as many generated and training images, on a "
+    "network of fixed random weights in place of Inception's. It is not FID: only the rows of one table compare. FID "
+    "has its own rows, because it needs Inception's weights."
+)
 DATA_SETS = ("Flower-64", "Flower-128", "CUB-64", "CUB-128", "FFHQ-64", "FFHQ-128", "ImageNet-64")
 PUBLISHED_FID = {
     "DDPM": (15.81, 14.62, 14.45, 14.01, 13.72, 13.35, 7.02),
     "ours": (13.33, 11.50, 10.91, 10.28, 12.02, 10.79, 6.54),
 }
+
+
+def generate(scale: str, run: SegdiffRun, seed: int) -> Generation:
+    """Generate the images of a scale, by DDIM if in few steps and by DDPM for the whole schedule."""
+    count, steps = GENERATED[scale]
+    if steps is None:
+        return run.generate(count, steps=None, sampler="ddpm", seed=seed)
+    return run.generate(count, steps=min(steps, run.config.timesteps), seed=seed)
+
+
+def random_distance(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
+    """Return the Fréchet distance of images [N, 3, R, R] to as many training images, in random features."""
+    real = pixels_to_images(trainings.training_pixels(run.config, len(images)))
+    features = frechet.random_features
+    return frechet.frechet_distance(features(images[: len(real)]), features(real))
+
+
+def fid(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
+    """Return the FID of images [N, 3, R, R] to as many training images.
+
+    Raises:
+        CellUnavailableError: Inception's weights are missing; the message names the file.
+    """
+    real = pixels_to_images(trainings.training_pixels(run.config, len(images)))
+    try:
+        return frechet.compute_fid(real, images[: len(real)], run.device)
+    except ConfigError as error:
+        raise CellUnavailableError(str(error)) from error
+
+
+def count_multiply_adds(config: ResolvedSegdiffConfig) -> int:
+    """Count the multiply-adds of one forward pass of one image, in convolutions and matrix products alone."""
+    with torch.device("meta"):
+        model = config.build().eval()
+        image = torch.empty(1, 3, config.resolution, config.resolution)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(image, torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops() // 2
 
 
 def _train_equal_compute(trainings: Trainings, seed: int) -> SegdiffRun:

@@ -15,7 +15,7 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
-from factorkit.metrics.class_matching import IGNORE_LABEL
+from factorkit.metrics.segmentation import IGNORE_LABEL
 from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import MASK_BATCH_SIZE

@@ -25,8 +25,19 @@ from factorkit.engine.run_folder import locked
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.cutout_region import choose_cutout_region
-from factorkit.segdiff.inference.documents import ALL_IMAGES, list_documents, write_documents
-from factorkit.segdiff.inference.manifest import Manifest, fingerprint, identify_inputs
+from factorkit.segdiff.inference.documents import (
+    ALL_IMAGES,
+    OVERVIEW,
+    OVERVIEW_IMAGES,
+    Manifest,
+    draw_overview,
+    draw_overview_row,
+    fingerprint,
+    identify_inputs,
+    list_documents,
+    name_overview,
+    write_documents,
+)
 from factorkit.segdiff.inference.outputs import (
     Outputs,
     check_formats,
@@ -34,13 +45,6 @@ from factorkit.segdiff.inference.outputs import (
     locate_image,
     make_image_files,
     output_names,
-)
-from factorkit.segdiff.inference.overview import (
-    OVERVIEW,
-    OVERVIEW_IMAGES,
-    draw_overview,
-    draw_overview_row,
-    name_overview,
 )
 from factorkit.segdiff.inference.segment import (
     PreparedImage,

@@ -16,8 +16,7 @@ from PIL import Image
 
 from factorkit.data.sources import FileSource, Source
 from factorkit.report.image_grid import make_label_image, overlay_regions
-from factorkit.segdiff.inference.coco_rle import make_annotations
-from factorkit.segdiff.inference.polygon_formats import make_labelme, make_polygon_annotations, make_yolo
+from factorkit.segdiff.inference.annotations import make_annotations, make_labelme, make_polygon_annotations, make_yolo
 from factorkit.segdiff.inference.polygons import trace_polygons
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import unit_to_uint8

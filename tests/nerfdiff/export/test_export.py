@@ -17,7 +17,7 @@ from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_dist
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.export.cameras import COLMAP_IMAGE_FOLDER, IMAGE_FOLDER, make_colmap
 from factorkit.nerfdiff.export.images import file_names, list_stored
-from factorkit.nerfdiff.export.points import Shape
+from factorkit.nerfdiff.export.shapes import Shape
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 from factorkit.utils.output_record import OutputRecord
 
@@ -61,10 +61,10 @@ def test_export_points_are_on_the_surface_in_its_colours(tmp_path, views):
 
 @pytest.mark.slow
 def test_export_points_silhouettes_leave_none_in_empty_space(tmp_path, views, monkeypatch):
-    from factorkit.nerfdiff.export import points as export_points
+    from factorkit.nerfdiff.export import shapes
 
     stored, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
-    monkeypatch.setattr(export_points, "MIN_OPTICAL_DEPTH", -1.0)
+    monkeypatch.setattr(shapes, "MIN_OPTICAL_DEPTH", -1.0)
     every, _ = vertices(export(tmp_path / "b.ply", views, make_scene_field(), points=4000))
     assert distance(every).max() > 0.2 > 0.1 > distance(stored).max()
 

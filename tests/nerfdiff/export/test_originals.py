@@ -24,7 +24,7 @@ from factorkit.metrics.pose import align_poses
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.export.cameras import COLMAP_FILES, make_colmap, make_transforms
 from factorkit.nerfdiff.export.images import list_stored
-from factorkit.nerfdiff.export.points import Shape
+from factorkit.nerfdiff.export.shapes import Shape
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.train import train_nerfdiff

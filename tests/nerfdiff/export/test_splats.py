@@ -277,6 +277,18 @@ def test_spz_read_again_shows_the_same_image_and_is_written_as_the_same_file(tmp
     assert main(["render", str(again), "--out", str(tmp_path / "frames"), "--frames", "1", "--size", "8"]) == 0
 
 
+def test_spz_with_the_antialiased_flag_is_drawn_with_compensated_opacities(tmp_path):
+    field = make_field()
+    field.log_scales -= 3  # smaller than a pixel
+    field.antialiased = True
+    save_splats(tmp_path / "splats.spz", ".spz", field, None, Z_UP)
+    assert gzip.decompress((tmp_path / "splats.spz").read_bytes())[14] == 1
+    scene = factorkit.load(tmp_path / "splats.spz")
+    thin = scene.render(scene.poses[:1], 32).images.sum()
+    scene.model.field.antialiased = False
+    assert thin < 0.7 * scene.render(scene.poses[:1], 32).images.sum()
+
+
 def test_spz_of_version_2_has_three_bytes_of_each_rotation(tmp_path):
     header = np.array([0x5053474E, 2, 1], "<u4").tobytes() + bytes([0, 4, 0, 0])
     position = bytes([16, 0, 0, 240, 255, 255, 8, 0, 0])  # 1, -1 and 1/2 with 4 bits of fraction

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import factorkit
@@ -17,9 +19,10 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.run_folder import read_settings
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.build import build_model, load_partial_run
-from factorkit.nerfdiff.cameras.poses import FreePoses
+from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS, FreePoses, OrbitPoses
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.export import export
+from factorkit.nerfdiff.fields.base import Appearance, build_background
 from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
@@ -65,6 +68,16 @@ def test_images_smaller_than_those_of_the_fit_are_means_of_larger_ones():
         blocks = getattr(large, name).unflatten(2, (24, 2)).unflatten(1, (20, 2)).mean((2, 4))
         torch.testing.assert_close(getattr(averaged, name), blocks)
     assert (small.color - averaged.color).abs().max() > 1e-4  # of images of 96 pixels
+
+
+def test_images_larger_than_those_of_the_fit_are_as_blurred_as_these():
+    field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
+    field.log_scales.data -= 3  # smaller than a pixel
+    field.side = 24
+    small, large = (render_views(field, pose, camera, size, 1).opacity.mean() for size in ((20, 24), (80, 96)))
+    assert large.item() == pytest.approx(small.item(), rel=0.15)
+    field.side = 0
+    assert render_views(field, pose, camera, (80, 96), 1).opacity.mean() < 0.5 * large
 
 
 def test_pixels_equal_those_of_whole_images_and_poses_get_gradients():
@@ -236,6 +249,62 @@ def test_forward_facing_run_explains_views_and_depths_better_than_its_grid(tmp_p
     assert 2 < np.median(depth) < 8 and depth.min() >= 0.9
 
 
+class OnePass:
+    """What a step of a fit draws, for views in order."""
+
+    first, step, rows = True, 0, slice(0, 1)
+
+
+def fit_gradients(changes, poses=None, optimize_focal=False, **scene_changes):
+    """The gradients of one step on view 0 of a small scene, by name."""
+    scene = replace(open_scene(make_procedural_views(6, 12, seed=1), 12, torch.device("cpu")), **scene_changes)
+    config, field = preset_config("fast", resolution=12, field="gaussians", **changes), make_field(40)
+    field.background = build_background(config.background, 0)
+    if config.appearance_dim:
+        field.appearance = Appearance(6, config.appearance_dim)
+    poses = poses or FreePoses(scene.poses)
+    fit = SceneFit(field, poses, scene.camera, scene.size, 1, optimize_focal)
+    loss = FitTask(config, scene, fit).loss(fit, torch.tensor([0]), OnePass(), torch.tensor(0)).objective.sum()
+    loss.backward()
+    return {name: p.grad for name, p in fit.named_parameters()}, loss.item()
+
+
+def test_gaussians_give_gradients_to_every_camera_parameter():
+    scene = open_scene(make_procedural_views(6, 12, seed=1), 12, torch.device("cpu"))
+    orbit = OrbitPoses(F.normalize(scene.poses[:, :3, 3], dim=1), scene.distance, POSE_PARAMETERS)
+    names = {"poses.angles", "log_focal", *(f"poses.freedom.{name}" for name in POSE_PARAMETERS)}
+    grads, _ = fit_gradients({}, orbit, optimize_focal=True)
+    assert names <= set(grads)
+    for name in names - {"log_focal"}:
+        assert grads[name][0].abs().min() > 0 and not grads[name][1:].any(), name  # of the view alone
+    assert grads["log_focal"] != 0
+
+
+@pytest.mark.parametrize("background", ["learned", "field"])
+def test_gaussians_give_gradients_to_background_and_appearance(background):
+    grads, _ = fit_gradients({"background": background, "appearance_dim": 2})
+    own = {name: grad for name, grad in grads.items() if name.startswith("field.background")}
+    assert own and any(grad.abs().max() > 0 for grad in own.values())
+    assert grads["field.appearance.codes"][0].abs().max() > 0
+
+
+def test_pixels_that_loss_masks_leave_out_do_not_move_gaussians():
+    masks = torch.ones(6, 1, 12, 12)
+    plain, plain_loss = fit_gradients({"opacity_weight": 0.0, "tv_weight": 0.0}, loss_masks=masks)
+    none, loss = fit_gradients({"opacity_weight": 0.0, "tv_weight": 0.0}, loss_masks=0 * masks)
+    assert plain["field.means"].any() and plain_loss > 0
+    assert loss == 0 and not any(grad.any() for grad in none.values() if grad is not None)
+
+
+def test_regularisers_lower_opacities_and_scales():
+    plain, _ = fit_gradients({"opacity_weight": 0.0, "tv_weight": 0.0})
+    scaled, _ = fit_gradients({"opacity_weight": 0.0, "tv_weight": 1.0})
+    fog, _ = fit_gradients({"opacity_weight": 1.0, "tv_weight": 0.0})
+    for name in ("opacities", "log_scales"):
+        assert (scaled[f"field.{name}"] > plain[f"field.{name}"]).all()
+        assert fog[f"field.{name}"].sum() > plain[f"field.{name}"].sum()
+
+
 @pytest.mark.slow
 def test_joint_search_ends_with_gaussians_and_the_encoder_of_the_search(tmp_path):
     data = make_procedural_views(12, 12, seed=1)
@@ -310,8 +379,11 @@ def test_run_without_poses_refines_them_with_the_gaussians(tmp_path, poses):
     stage = load_partial_run(tmp_path / "run")
     assert stage.stage == "gaussians" and isinstance(run.model.field, GaussianField)
     torch.testing.assert_close(run.poses, stage.views.poses)
+    focal = run.model.camera.intrinsics[0, 0]
+    torch.testing.assert_close(stage.views.intrinsics[0, 0, 0] / 12, focal)
     (tmp_path / "run" / "stages" / "gaussians").rename(tmp_path / "gaussians")
-    assert (load_partial_run(tmp_path / "run").views.poses - run.poses).abs().max() > 1e-5  # of the grid
+    grid = load_partial_run(tmp_path / "run").views
+    assert (grid.poses - run.poses).abs().max() > 1e-5 and abs(grid.intrinsics[0, 0, 0] / 12 - focal) > 1e-6
     assert run.render_path("orbit", frames=2).images.isfinite().all() and run.predict_pose(data).poses.shape == (
         12,
         4,

@@ -8,7 +8,7 @@ import torch
 import factorkit
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
-from factorkit.nerfdiff.export.points import point_cloud
+from factorkit.nerfdiff.export.shapes import point_cloud
 from factorkit.nerfdiff.fields.base import (
     OCCUPANCY_UPDATE_EVERY,
     build_occupancy_grid,

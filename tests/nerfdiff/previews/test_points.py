@@ -6,10 +6,16 @@ import torch
 from PIL import Image
 
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
-from factorkit.nerfdiff.export.points import Shape
+from factorkit.nerfdiff.export.shapes import Shape
 from factorkit.nerfdiff.fields.kinds import GridField
-from factorkit.nerfdiff.previews.files import save_points
-from factorkit.nerfdiff.previews.views import POINT_ELEVATION, POINT_SIDE, _project_points, _viewer_axes, draw_points
+from factorkit.nerfdiff.previews.views import (
+    POINT_ELEVATION,
+    POINT_SIDE,
+    _project_points,
+    _viewer_axes,
+    draw_points,
+    save_points,
+)
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.report.image_grid import PAPER_COLOR
 

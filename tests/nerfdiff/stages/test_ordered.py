@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.run_folder import claimed
 from factorkit.nerfdiff.cameras.poses import azimuth_degrees
 from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.held_out import HeldOutErrors
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
 from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, find_order, ring_azimuths, ring_directions
@@ -78,6 +80,25 @@ def test_ordered_views_try_rings_and_log_the_choice_once(tmp_path, tiny, monkeyp
     assert run.poses.isfinite().all()
 
 
+@pytest.mark.parametrize(("wrong_way", "names"), [(0.8, 4), (0.3, 5)])
+def test_choose_start_where_one_way_around_fits_leaves_out_the_search(wrong_way, names):
+    cross = {"left 25": 0.3, "right 25": wrong_way, "left 10": 0.4, "left 40": 0.2, "search": 0.1}
+    logged = {}
+    training = SimpleNamespace(
+        config=preset_config("fast"),
+        scene=open_scene(make_procedural_views(4, 4), 4, CPU, False),
+        device=CPU,
+        fit_small=lambda name, poses, **options: SimpleNamespace(poses=poses),
+        cross_fit=lambda name, poses, scene: HeldOutErrors(cross[name.removeprefix("start ").split(" half")[0]], 0.0),
+        log_once=lambda event, **values: logged.update(values),
+    )
+    searched = torch.eye(3)[[2, 2, 2, 2]] * 0.9
+    start = pose_search.DictionarySearch(training)._choose_start(lambda: searched)
+    assert len(logged["held_out_cross"]) == names
+    assert logged["best"] == ("search" if names == 5 else "left 40")
+    assert torch.equal(start, searched) == (names == 5)
+
+
 def test_complete_settings_of_an_earlier_version_are_not_ordered(tmp_path):
     stored = {"model": "nerfdiff", "scene": {"intrinsics": []}}
     with claimed(tmp_path / "run", stored, frozenset()):
@@ -86,7 +107,8 @@ def test_complete_settings_of_an_earlier_version_are_not_ordered(tmp_path):
 
 @pytest.mark.parametrize("fault", [*FAULTS, "all"])
 def test_make_capture_a_fault_changes_images_or_cameras_only_as_named(fault):
-    plain, views = (make_capture(names, count=2, size=8, seed=3) for names in ((), (fault,)))
+    count = 12 if fault == "stops" else 2
+    plain, views = (make_capture(names, count=count, size=8, seed=3) for names in ((), (fault,)))
     changes_images = fault != "focal"
     assert torch.equal(plain.images, views.images) != changes_images
     assert torch.equal(plain.intrinsics, views.intrinsics) == (fault not in ("focal", "all"))

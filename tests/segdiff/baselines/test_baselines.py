@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.metrics.class_matching import IGNORE_LABEL
+from factorkit.metrics.segmentation import IGNORE_LABEL
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM, pixel_features, select_blocks
 from factorkit.segdiff.baselines.supervised import SupervisedTask, predict_classes, train_supervised
 from factorkit.segdiff.config import preset_config

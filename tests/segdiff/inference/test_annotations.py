@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factorkit.segdiff.inference.coco_rle import encode, make_annotations
+from factorkit.segdiff.inference.annotations import encode, make_annotations
 
 
 def decode(result) -> np.ndarray:
