@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.recording import commit, machine, write_result
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.inference.manifest import MANIFEST
+from factorkit.segdiff.inference.documents import MANIFEST
 from factorkit.segdiff.run import SegdiffRun
 
 RESULTS = Path(__file__).with_name("results") / "segment_folder.json"

@@ -325,8 +325,7 @@ class _Results:
     """
 
     def __init__(self, command: OutputCommand, sources: Sequence[Source], what: str):
-        from factorkit.segdiff.inference.documents import name_overview
-        from factorkit.segdiff.inference.manifest import identify_inputs
+        from factorkit.segdiff.inference.documents import identify_inputs, name_overview
         from factorkit.segdiff.inference.outputs import output_names
         from factorkit.utils.output_record import OutputRecord
 

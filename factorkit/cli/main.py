@@ -20,7 +20,7 @@ from importlib import import_module
 import tyro
 
 from factorkit import __version__
-from factorkit.cli.base import Command, RunCommand
+from factorkit.cli.base import Command, RunCommand, explain_mistake, print_help
 from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean, first_line, is_out_of_memory
 
 MANUAL = """\
@@ -153,14 +153,10 @@ def parse(name: str, args: Sequence[str]) -> Command | None:
                 model, command, default = training_options(args, show_help or show_advanced)
                 prog = f"{prog} {model}"
             if show_help or show_advanced:
-                from factorkit.cli.options import print_help
-
                 print_help(command, prog, default, advanced=show_advanced)
                 return None
             return tyro.cli(command, prog=prog, args=args, default=default, add_help=False)
     except SystemExit:
-        from factorkit.cli.options import explain_mistake
-
         raise ConfigError(explain_mistake(command, prog, args, messages.getvalue())) from None
 
 

@@ -90,7 +90,7 @@ class Reproduce(Command):
 
 def _list_experiments() -> Result:
     from factorkit.reproduce import list_experiments
-    from factorkit.reproduce.table import format_citation
+    from factorkit.reproduce.experiment import format_citation
 
     data, lines = [], []
     for experiment in list_experiments().values():

@@ -141,12 +141,12 @@ def describe_unread(names: Sequence[str]) -> str:
     for name in sorted(names):
         by_suffix.setdefault(PurePosixPath(name).suffix.lower(), []).append(name)
     parts = [f"{len(of)} {suffix} ({format_examples(of, 1)})" for suffix, of in sorted(by_suffix.items())]
-    found, advice = frozenset(by_suffix), []
-    if HEIF_SUFFIXES & found:
+    suffixes, advice = frozenset(by_suffix), []
+    if HEIF_SUFFIXES & suffixes:
         advice.append("pip install 'factorkit[heic]' reads .heic")
-    if VIDEO_SUFFIXES & found:
+    if VIDEO_SUFFIXES & suffixes:
         advice.append("extract the frames of videos")
-    if found - HEIF_SUFFIXES - VIDEO_SUFFIXES:
+    if suffixes - HEIF_SUFFIXES - VIDEO_SUFFIXES:
         advice.append("convert the others to PNG or JPEG" if advice else "convert them to PNG or JPEG")
     left_out = f"left out {format_count(len(names), 'file')} of formats that are not read"
     return f"{left_out}: {', '.join(parts)}. To use them: {'; '.join(advice)}"

@@ -26,14 +26,14 @@ class MaskValues:
         foreground: values of the foreground; None: all above 0, or from the threshold on.
         threshold: least value of the foreground; None: no threshold.
         ignore: value that is not scored.
-        found: what was found in the masks, in words.
+        summary: the values in the masks, in words.
         is_unusual: True if the decision is worth a line to the user.
     """
 
     foreground: tuple[int, ...] | None = None
     threshold: int | None = None
     ignore: int | None = None
-    found: str = ""
+    summary: str = ""
     is_unusual: bool = False
 
     def select(self, labels: np.ndarray) -> np.ndarray:
@@ -48,8 +48,8 @@ class MaskValues:
             foreground = ", ".join(map(str, self.foreground))
         ignored = "" if self.ignore is None else f"; not scored = {self.ignore}"
         return (
-            f"masks: {self.found}; foreground = {foreground}{ignored}. If this is wrong, set --foreground, --ignore or "
-            "--mask-threshold"
+            f"masks: {self.summary}; foreground = {foreground}{ignored}. If this is wrong, set --foreground, --ignore "
+            "or --mask-threshold"
         )
 
 
@@ -73,20 +73,20 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
     listed = (
         "{" + ", ".join(map(str, values[:MAX_LISTED_VALUES])) + (", ...}" if len(values) > MAX_LISTED_VALUES else "}")
     )
-    found = f"{format_count(len(values), 'value')} {listed}"
+    summary = f"{format_count(len(values), 'value')} {listed}"
     top = values[-1] if values else 0
     if len(values) <= 1 or (len(values) == 2 and values[0] == 0):
-        return MaskValues(ignore=ignore, found=found)
+        return MaskValues(ignore=ignore, summary=summary)
     if set(values) <= set(PET_TRIMAP) and 0 not in values:
         if set(values) == set(PET_TRIMAP) or ignore in PET_TRIMAP:
             ignored = PET_TRIMAP[2] if ignore is None else ignore
-            return MaskValues((PET_TRIMAP[0],), None, ignored, f"{found}, the trimap of Oxford-IIIT Pet", True)
-        raise refuse_ambiguous(found, "1 is foreground in a trimap, but 2 may as well be")
+            return MaskValues((PET_TRIMAP[0],), None, ignored, f"{summary}, the trimap of Oxford-IIIT Pet", True)
+        raise refuse_ambiguous(summary, "1 is foreground in a trimap, but 2 may as well be")
     full = next((scale for scale in FULL_SCALES if top <= scale), FULL_SCALES[0])
     step = (full + 1) // 256  # of a mask of more than 8 bits, for each of 8 bits
     middle, end = SOFT_MIDDLE * step, END_WIDTH * step
     if values[0] == 0 and top == full and len(values) == 3 and abs(values[1] - middle) <= step and ignore is None:
-        return MaskValues((full,), None, values[1], f"{found}, a trimap", True)
+        return MaskValues((full,), None, values[1], f"{summary}, a trimap", True)
     total = sum(counts[value] for value in values)
     low = sum(counts[value] for value in values if value < end)
     high = sum(counts[value] for value in values if value > full - end)
@@ -95,26 +95,26 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
         # Numbers of things reach any value, so beyond 8 bits most of what is not background must be white.
         is_soft = step == 1 or 2 * high > total - low
         if low + high >= MIN_END_SHARE * total and is_soft and (upper or values[-2] > middle):
-            return MaskValues(None, middle, ignore, f"{found}, soft or compressed", True)
+            return MaskValues(None, middle, ignore, f"{summary}, soft or compressed", True)
     between = {value: counts[value] for value in values if end <= value <= full - end}
     is_edge = len(between) >= MIN_EDGE_VALUES and sum(between.values()) < MAX_EDGE_SHARE * high
     if is_edge and 0 in values and top == full:
-        return MaskValues(None, middle, ignore, f"{found}, antialiased", True)
+        return MaskValues(None, middle, ignore, f"{summary}, antialiased", True)
     is_void = top == full and full in VOID_LABELS and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP
     if is_void and 0 in values:
         if 2 * counts[full] > total - counts[0]:
-            raise refuse_ambiguous(found, f"{full} may be the foreground, or what is not scored")
-        return MaskValues(None, None, full, f"{found}, labels with a border", True)
+            raise refuse_ambiguous(summary, f"{full} may be the foreground, or what is not scored")
+        return MaskValues(None, None, full, f"{summary}, labels with a border", True)
     if len(values) > MIN_SOFT_VALUES and top == full:
-        raise refuse_ambiguous(found, "they may be a soft mask or the labels of many things")
+        raise refuse_ambiguous(summary, "they may be a soft mask or the labels of many things")
     if 0 not in values:
-        raise refuse_ambiguous(found, "no value is 0, the background")
-    return MaskValues(ignore=ignore, found=f"{found}, labels", is_unusual=True)
+        raise refuse_ambiguous(summary, "no value is 0, the background")
+    return MaskValues(ignore=ignore, summary=f"{summary}, labels", is_unusual=True)
 
 
-def refuse_ambiguous(found: str, reason: str) -> DataError:
+def refuse_ambiguous(summary: str, reason: str) -> DataError:
     """Return the error for values that allow more than one meaning."""
     return DataError(
-        f"masks: {found}: {reason}. Say which values are foreground (--foreground, foreground=), where it begins "
+        f"masks: {summary}: {reason}. Say which values are foreground (--foreground, foreground=), where it begins "
         "(--mask-threshold, mask_threshold=), or which value is not scored (--ignore, ignore=)."
     )

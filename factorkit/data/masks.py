@@ -112,7 +112,7 @@ def load_labelled(
         if ignore_label is None and odd:
             white = format_examples([mask_source.names[j] for j in odd])
             raise refuse_ambiguous(
-                meaning.found, f"{white}: no value but 0 and {meaning.ignore}, which may be foreground"
+                meaning.summary, f"{white}: no value but 0 and {meaning.ignore}, which may be foreground"
             )
         if meaning.is_unusual:
             warnings.warn(str(meaning), UserWarning, stacklevel=2)

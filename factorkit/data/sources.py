@@ -141,10 +141,10 @@ class EncodedSource(Source):
                 except Image.UnidentifiedImageError:
                     return Image.open(io.BytesIO(drop_jpeg_metadata(data)), formats=list_supported_formats())
         except Image.UnidentifiedImageError as error:
-            found = f"not an image ({format_count(len(data), 'byte')} in no known format)"
+            problem = f"not an image ({format_count(len(data), 'byte')} in no known format)"
             if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
-                found = "HEIC, whatever its suffix; pip install 'factorkit[heic]' reads it"
-            raise ImageDecodeError(f"{name}: {found}") from error
+                problem = "HEIC, whatever its suffix; pip install 'factorkit[heic]' reads it"
+            raise ImageDecodeError(f"{name}: {problem}") from error
         except Image.DecompressionBombError as error:
             raise ImageDecodeError(f"{name}: too many pixels: {error} Reduce its size first.") from error
         except Exception as error:

@@ -6,18 +6,15 @@ below. :mod:`factorkit.ops.reference` collects the references.
 """
 
 from factorkit.ops import reference
-from factorkit.ops.composite import Rendering, composite
-from factorkit.ops.frequency_encoding import frequency
-from factorkit.ops.hash_encoding import annealing_weights, growing_resolutions, hash_grid
+from factorkit.ops.composite import Rendering, composite, sample_pdf
+from factorkit.ops.encodings import annealing_weights, frequency, growing_resolutions, hash_grid, spherical_harmonics
 from factorkit.ops.intersect import intersect_box
 from factorkit.ops.march import Samples, march_rays
 from factorkit.ops.norm import group_norm_silu, masked_skip_norm_silu
 from factorkit.ops.project_gaussians import ProjectedGaussians, project_gaussians
 from factorkit.ops.rasterize_gaussians import Splatting, rasterize_gaussians
 from factorkit.ops.region import mask_pyramid, region_blend, region_pool
-from factorkit.ops.resample import sample_pdf
 from factorkit.ops.skip import masked_skip_projection
-from factorkit.ops.spherical_harmonics import spherical_harmonics
 
 #: The implementation of each op on each device in a complete installation, for ``factorkit doctor``. C++ and CUDA need
 #: factorkit._C, Triton needs triton; PyTorch replaces each of them where it is missing.

@@ -79,9 +79,9 @@ def _backward(
     d_near: Tensor, d_far: Tensor, origins: Tensor, directions: Tensor, lower: list[float], upper: list[float]
 ) -> tuple[Tensor, Tensor]:
     tensors = [x.contiguous() for x in (origins, directions, d_near, d_far)]
-    found = _backward_fake(d_near, d_far, origins, directions)
-    call_extension("intersect_backward", origins, (*tensors, *found), origins.shape[0], lower, upper)
-    return found
+    gradients = _backward_fake(d_near, d_far, origins, directions)
+    call_extension("intersect_backward", origins, (*tensors, *gradients), origins.shape[0], lower, upper)
+    return gradients
 
 
 def _backward_fake(

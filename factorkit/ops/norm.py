@@ -285,12 +285,12 @@ def _backward_triton(
 ) -> list[Tensor]:
     *affine, _, norm, activate = rest
     if norm == "pixel":
-        found = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, *affine, activate, PIXEL_EPS)
+        gradients = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, *affine, activate, PIXEL_EPS)
     else:
-        found = kernels.group_norm.norm_backward(
+        gradients = kernels.group_norm.norm_backward(
             grad, moments, u, skip, masks, *affine, activate, EPS[norm], MASK_FLOOR
         )
-    d_u, d_skip, d_masks, *d_affine = found
+    d_u, d_skip, d_masks, *d_affine = gradients
     d_skip = None if skip is None else with_layout_of(d_skip, skip)
     d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
     return [x for x in (with_layout_of(d_u, u), d_skip, d_masks, *d_affine) if x is not None]
@@ -310,8 +310,8 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     if torch.is_grad_enabled():
         return reference_gradients(norm_silu, (*saved, ctx.groups, ctx.norm, ctx.activate), (grad,))
     moments = None if ctx.norm == "pixel" else moments
-    found = iter(torch.ops.factorkit.norm_silu_backward(grad, moments, *saved, ctx.groups, ctx.norm, ctx.activate))
-    return *(None if x is None else next(found) for x in saved), None, None, None
+    gradients = iter(torch.ops.factorkit.norm_silu_backward(grad, moments, *saved, ctx.groups, ctx.norm, ctx.activate))
+    return *(None if x is None else next(gradients) for x in saved), None, None, None
 
 
 register(

@@ -4,8 +4,9 @@ Nothing here runs in a model unless FACTORKIT_REFERENCE=1 is set, or factorkit._
 """
 
 from factorkit.ops.composite import composite_by_sums as composite
-from factorkit.ops.frequency_encoding import encode_waves as frequency
-from factorkit.ops.hash_encoding import interpolate_vertices as hash_grid
+from factorkit.ops.composite import invert_distribution as sample_pdf
+from factorkit.ops.encodings import encode_waves as frequency
+from factorkit.ops.encodings import interpolate_vertices as hash_grid
 from factorkit.ops.intersect import cross_slabs as intersect_box
 from factorkit.ops.march import march_all_steps as march_rays
 from factorkit.ops.norm import norm_silu
@@ -14,7 +15,6 @@ from factorkit.ops.rasterize_gaussians import rasterize_by_tiles as rasterize_ga
 from factorkit.ops.region import average_features as region_pool
 from factorkit.ops.region import average_masks as mask_pyramid
 from factorkit.ops.region import blend_branches as region_blend
-from factorkit.ops.resample import invert_distribution as sample_pdf
 from factorkit.ops.skip import add_masked_skip as masked_skip_add
 from factorkit.ops.skip import concatenate_masked_skip
 

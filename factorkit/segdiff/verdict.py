@@ -68,7 +68,9 @@ def judge_regions(log: Log, scores: Record) -> Verdict:
         if above and failures:
             return Verdict("mixed", "The masks beat every baseline, although an alarm went off", details)
         if above and not any(c.get("name") == DRAWN_IMAGES and "value" in c for c in read_checks(log)):
-            details.append("`factorkit evaluate RUN --generation --images PHOTOS` checks them, after 100 training steps.")
+            details.append(
+                "`factorkit evaluate RUN --generation --images PHOTOS` checks them, after 100 training steps."
+            )
             return Verdict("mixed", "The masks beat every baseline, but drawn images were not checked", details)
         if above:
             return Verdict("good", "The masks beat every baseline", details)

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from factorkit.cli.base import SYNONYMS
 from factorkit.cli.generate import Generate
 from factorkit.cli.main import COMMANDS, command_class
-from factorkit.cli.options import SYNONYMS
 from factorkit.cli.train import training_options
 from factorkit.data import draw_flowers
 from factorkit.utils.files import read_log

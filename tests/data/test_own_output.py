@@ -15,7 +15,7 @@ from factorkit.data.procedural.scene import make_scene_field
 from factorkit.data.video import open_video
 from factorkit.data.views.open import _find_own_exports
 from factorkit.nerfdiff.export import export
-from factorkit.reproduce.fingerprint import fingerprint
+from factorkit.reproduce.runner import fingerprint
 from factorkit.utils.errors import DataError
 from factorkit.utils.output_record import RECORD_NAME, OutputRecord, mark_output_folder
 

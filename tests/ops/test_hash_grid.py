@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from factorkit import ops
-from factorkit.ops import dispatch, hash_encoding, reference
+from factorkit.ops import dispatch, encodings, reference
 
 RESOLUTIONS = [1, 3, 6, 40]  # with 64 rows: dense and hashed levels in 2, 3 and 4 dimensions
 
@@ -165,7 +165,7 @@ def test_only_needed_gradients_are_computed(monkeypatch):
             asked.append([gradient is not None for gradient in arguments[-1][1:]])
         dispatch.call_extension(name, like, *arguments)
 
-    monkeypatch.setattr(hash_encoding, "call_extension", spy)
+    monkeypatch.setattr(encodings, "call_extension", spy)
     torch.ops.factorkit.hash_grid(x, table.detach(), weights.detach(), RESOLUTIONS, False).sum().backward()
     torch.ops.factorkit.hash_grid(x.detach(), table, weights.detach(), RESOLUTIONS, False).sum().backward()
     assert asked == [[True, False], [False, True]]
@@ -206,7 +206,7 @@ def test_growing_resolutions_and_annealing():
 def test_reference_can_be_forced(monkeypatch):
     x, table, _ = problem(2)
     expected = ops.hash_grid(x, table, RESOLUTIONS)
-    monkeypatch.setattr(hash_encoding, "call_extension", None)
+    monkeypatch.setattr(encodings, "call_extension", None)
     monkeypatch.setenv("FACTORKIT_REFERENCE", "1")
     torch.testing.assert_close(ops.hash_grid(x, table, RESOLUTIONS), expected)
 

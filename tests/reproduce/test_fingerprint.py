@@ -13,7 +13,7 @@ from PIL import Image
 
 from factorkit.reproduce import experiments, reproduce
 from factorkit.reproduce.experiment import CellResult, Column, Experiment, Row
-from factorkit.reproduce.fingerprint import MAX_READ_FILES, fingerprint
+from factorkit.reproduce.runner import MAX_READ_FILES, fingerprint
 from factorkit.utils.errors import CheckpointError
 
 
@@ -87,7 +87,7 @@ def test_fingerprint_distinguishes_zips_and_arrays(birds, tmp_path):
 
 def test_fingerprint_of_many_files_counts_names_and_sizes(birds, monkeypatch):
     assert MAX_READ_FILES >= 10_000
-    monkeypatch.setattr("factorkit.reproduce.fingerprint.MAX_READ_FILES", 1)
+    monkeypatch.setattr("factorkit.reproduce.runner.MAX_READ_FILES", 1)
     before = fingerprint(birds)
     (birds / "masks" / "2.png").rename(birds / "masks" / "3.png")
     assert fingerprint(birds) != before

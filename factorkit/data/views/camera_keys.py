@@ -133,8 +133,8 @@ def _is_neutral(value: Any) -> bool:
 
 def describe_ignored(keys: Iterable[str]) -> tuple[str, ...]:
     """Return sentences on keys that are not read."""
-    found = set(keys) - READ_KEYS - REFUSED_KEYS.keys()
-    world, others = sorted(found & set(WORLD_KEYS)), sorted(found - set(WORLD_KEYS))
+    unread = set(keys) - READ_KEYS - REFUSED_KEYS.keys()
+    world, others = sorted(unread & set(WORLD_KEYS)), sorted(unread - set(WORLD_KEYS))
     notes = []
     if world:
         notes.append(f"World coordinates are those of `transform_matrix`; not used: {', '.join(world)}.")

@@ -153,5 +153,5 @@ def undistort(image: Tensor, k: np.ndarray, distortion: Lens) -> tuple[Tensor, T
     # grid_sample without aligned corners counts from -1 to 1 between the outer edges of the image.
     grid = torch.stack([2 * (distorted_x * fx + cx) / width - 1, 2 * (distorted_y * fy + cy) / height - 1], dim=-1)
     sample = torch.nn.functional.grid_sample
-    seen = (grid.abs() <= 1).all(-1)
-    return sample(image[None], grid[None].to(image), padding_mode="border", align_corners=False)[0], seen
+    visible = (grid.abs() <= 1).all(-1)
+    return sample(image[None], grid[None].to(image), padding_mode="border", align_corners=False)[0], visible

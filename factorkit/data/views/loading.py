@@ -259,11 +259,11 @@ def _decode(view: LazyView, resolution: int | None, premultiply: bool) -> _Decod
         loss_mask = _read_same_size(view.read_loss_mask, view.name, height, width)
         scored = torch.from_numpy(np.ascontiguousarray(loss_mask))[None]
     if view.distortion is not None:
-        channels, seen = undistort(channels, k, view.distortion)
+        channels, visible = undistort(channels, k, view.distortion)
         if scored is not None:
             scored, _ = undistort(scored, k, view.distortion)
-        if isinstance(view.distortion, FisheyeDistortion) and not seen.all():
-            scored = seen[None].float() if scored is None else scored * seen
+        if isinstance(view.distortion, FisheyeDistortion) and not visible.all():
+            scored = visible[None].float() if scored is None else scored * visible
     new_height, new_width = target_size(resolution or largest, height, width)
     channels = resize_area(channels, new_height, new_width)
     intrinsics = torch.from_numpy(k * np.array([new_width / width, new_height / height, 1.0])[:, None]).float()
@@ -303,11 +303,6 @@ def _depths_of_folder(folder: Path, time: int) -> SetDepths:
     """Return the bit depths of the images in a folder, which are all views of one scene; ``time`` is of its change."""
     names = sorted(entry.name for entry in folder.iterdir() if is_image(entry.name) and entry.is_file())
     return FileSource(folder, names).depths
-
-
-def mask_reader(path: Path) -> Callable[[], np.ndarray]:
-    """Return a function for `LazyView.read_mask`, likewise for stored pixels."""
-    return lambda: to_opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
 def loss_mask_reader(path: Path, is_inverted: bool = False) -> Callable[[], np.ndarray]:

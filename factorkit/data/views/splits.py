@@ -32,8 +32,8 @@ def select_split(names: Sequence[str], split: str | None) -> tuple[list[int], tu
     notes = ("The splits are those of the folders in the names of the views.",)
     if split == "train":
         return [i for i, name in enumerate(of_views) if name not in ("val", "test")], notes
-    wanted = "test" if "test" in of_views else "val"
-    return [i for i, name in enumerate(of_views) if name == wanted], notes
+    target = "test" if "test" in of_views else "val"
+    return [i for i, name in enumerate(of_views) if name == target], notes
 
 
 def _folder_split(name: str) -> str | None:
@@ -94,11 +94,11 @@ def _find_rows(listed: Iterable[str], names: Sequence[str]) -> tuple[set[int], l
     for text in listed:
         count += 1
         keys = zip(tables, (form(text) for form in NAME_FORMS), strict=True)
-        found = next((table[key] for table, key in keys if key in table), None)
-        if found is None:
+        row = next((table[key] for table, key in keys if key in table), None)
+        if row is None:
             missing.append(text)
         else:
-            rows.add(found)
+            rows.add(row)
     return rows, missing, count
 
 

@@ -64,8 +64,8 @@ def _select(stems: list[str], split: str | None) -> list[int]:
     if split is None or len(splits) < len(stems) or len(set(splits)) < 2:
         return split_every_eighth(len(stems), split)
     test = "test" if "test" in splits else "val"
-    wanted = "train" if split == "train" else test
-    return [i for i, name in enumerate(splits) if name == wanted]
+    target = "train" if split == "train" else test
+    return [i for i, name in enumerate(splits) if name == target]
 
 
 def _read_intrinsics(file: Path) -> Callable[[str], IntrinsicsFunction]:

@@ -79,10 +79,10 @@ def align_forward(poses: Tensor, near: float | None) -> Tensor:
     Raises:
         DataError: the cameras share no viewing direction.
     """
-    given = poses.double().cpu().numpy()
-    if np.linalg.norm(given[:, :3, 2].mean(0)) < MIN_AGREEMENT:
+    matrices = poses.double().cpu().numpy()
+    if np.linalg.norm(matrices[:, :3, 2].mean(0)) < MIN_AGREEMENT:
         raise DataError('the cameras of this forward-facing scene look all ways; open the views with layout="object"')
-    mean = compute_mean_pose(given)
+    mean = compute_mean_pose(matrices)
     center, spread = mean[:3, 3], rms_spread(poses[:, :3, 3])
     normalised = mean[2, 2] >= MIN_FORWARD_COSINE and np.linalg.norm(center) <= max(0.5, 2 * spread)
     one_position = spread <= RELATIVE_ROUNDING * float(poses[:, :3, 3].abs().max())  # no depth, so any scale will do
@@ -93,7 +93,7 @@ def align_forward(poses: Tensor, near: float | None) -> Tensor:
         scale = 1.0 if one_position or scaled else DEFAULT_SPREAD / spread
     if normalised and scale == 1:
         return poses
-    aligned = np.linalg.inv(mean) @ given
+    aligned = np.linalg.inv(mean) @ matrices
     aligned[:, :3, 3] *= scale
     return torch.from_numpy(aligned).to(poses)
 

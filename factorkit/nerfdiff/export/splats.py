@@ -16,7 +16,7 @@ from torch import Tensor
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.export.shapes import to_y_up
 from factorkit.nerfdiff.fields.gaussians import GaussianField
-from factorkit.ops.spherical_harmonics import MAX_DEGREE, harmonic_basis
+from factorkit.ops.encodings import MAX_DEGREE, harmonic_basis
 from factorkit.utils.errors import DataError, format_count
 
 NUM_DIRECTIONS = 64  # that determine the 16 coefficients of rotated harmonics; they are exact from 16 on

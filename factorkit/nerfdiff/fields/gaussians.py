@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from factorkit import ops
 from factorkit.nerfdiff.fields.base import Field, ImageField
+from factorkit.ops.encodings import C0, MAX_DEGREE
 from factorkit.ops.project_gaussians import LOW_PASS
-from factorkit.ops.spherical_harmonics import C0, MAX_DEGREE
 from factorkit.rendering import Rendered, from_ndc, image_rays
 from factorkit.utils.rng import derived_seed
 

@@ -1,25 +1,218 @@
-"""The files that describe all images of a segmented folder: its overview, COCO JSON and YOLO class list."""
+"""The files about all images of a segmented folder: the manifest, the overview, COCO JSON and the classes of YOLO.
+
+The manifest is a JSON lines file with one line for each finished image; a killed run continues after its last line.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
+from factorkit.data.archives import ZipSource
 from factorkit.data.files import escape_name
+from factorkit.data.sources import FileSource, Source
 from factorkit.report.image_grid import Caption, draw_image_grid, overlay_regions, palette
-from factorkit.segdiff.inference.manifest import Manifest
-from factorkit.segdiff.inference.outputs import YOLO_CLASSES, Outputs
+from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.inference.outputs import DOCUMENTS, YOLO_CLASSES, Outputs
+from factorkit.utils.errors import WriteError
+from factorkit.utils.files import JsonLines, parse_line, read_lines
 from factorkit.utils.output_record import OutputRecord
 
+MANIFEST = "segments.jsonl"
+RANK_MANIFEST = "segments.{}.jsonl"  # of every process but the first, until the run is complete
 OVERVIEW = "overview.png"
 OVERVIEW_IMAGES = 32  # at most
 OVERVIEW_CELL = 128  # pixels a side
 ALL_IMAGES = "segment: all images"  # the source of these files in the record of the folder
+
+
+def identify_inputs(source: Source) -> list[str]:
+    """Return what identifies each image as an input: its path, or where there is none a hash and its name."""
+    if isinstance(source, FileSource):
+        root = os.path.realpath(source.root)
+        return [os.path.join(root, file) for file in source.files]
+    if isinstance(source, ZipSource):
+        where = os.path.join(os.path.realpath(source.path), source.prefix)
+    else:
+        where = f"images {source.fingerprint()[:16]}"
+    return [f"{where.rstrip('/')}/{name}" for name in source.names]
+
+
+def fingerprint(model: SegdiffModel, settings: Mapping[str, Any]) -> str:
+    """Hash everything that an image's masks depend on, except the image."""
+    digest = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=12)
+    for name, tensor in (model.state_dict() | model.space.tensors()).items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Finished(NamedTuple):
+    """What the manifest says of an image: the last line, without its long parts."""
+
+    offset: int  # of the line in the file
+    key: str
+    stamp: Any
+    image_id: int
+    sizes: dict[str, int] | None  # in bytes, by ending; None if the image could not be segmented
+    documents: tuple[str, ...]  # DOCUMENTS' keys of its annotations
+    tolerance: float | None  # of its polygons
+    depths: dict[str, int] | None  # of the set of images of more than 8 bits that it was read in
+
+
+class Manifest:
+    """The finished images of an output folder: one line each in segments.jsonl, written after the image's files.
+
+    Images of all calls are in it, each under its own path and with a number that stays.
+
+    Args:
+        key: :func:`fingerprint` of the model and the settings; images with another key are not finished.
+        rank: of the process. Only rank 0 writes the manifest; it merges the others' lines when they are done, and what
+            killed ones left.
+
+    Raises:
+        WriteError: the file is there but is not a manifest.
+    """
+
+    def __init__(self, out: Path, key: str, source: Source, rank: int = 0):
+        self.out, self.key, self.source = out, key, source
+        self.inputs = identify_inputs(source)
+        self._source_hash = None if isinstance(source, FileSource) else source.fingerprint()
+        self.changed_files: list[str] = []  # results that the user changed, among those that :meth:`has` met
+        self._images: dict[str, _Finished] = {}
+        for offset, line in read_lines(out / MANIFEST):
+            if "key" not in line or "name" not in line:
+                raise WriteError(f"{out / MANIFEST} exists and was not written by factorkit. Give another --out (out=)")
+            self._remember(offset, line)
+        self._file = JsonLines(out / (RANK_MANIFEST.format(rank) if rank else MANIFEST))
+        if not rank:
+            self.merge_ranks()
+
+    def stamp(self, index: int) -> list[int] | str | None:
+        """Return a value that changes with the image: size and modification time of a file, else a hash."""
+        if not isinstance(self.source, FileSource):
+            return self._source_hash
+        try:
+            status = self.source.path(index).stat()
+        except OSError:
+            return None
+        return [status.st_size, status.st_mtime_ns]
+
+    def number_images(self) -> list[int]:
+        """Return the number of each image in annotations.json, from 1 on: as in earlier calls, else its position.
+
+        Where the position is another image's number, a new number.
+        """
+        numbers = [image.image_id if (image := self._images.get(name)) else 0 for name in self.inputs]
+        used = {image.image_id for image in self._images.values()}
+        new = itertools.count(max([len(numbers), *used]) + 1)
+        return [n or (i if i not in used else next(new)) for i, n in enumerate(numbers, 1)]
+
+    def is_moved(self, index: int, former: str) -> bool:
+        """Return whether an image is the one that was at another path, which is gone; its line follows it then."""
+        image = self._images.get(former)
+        if image is None or not isinstance(self.source, FileSource) or os.path.lexists(former):
+            return False
+        if image.stamp is None or image.stamp != self.stamp(index):
+            return False
+        if (line := self._read_line(image.offset)) is not None:
+            line |= {"name": self.source.names[index], "source": self.inputs[index]}
+            line.get("files", {}).pop("labelme.json", None)  # it refers to the former path
+            self._append(line)
+        del self._images[former]
+        return True
+
+    def has(self, index: int, stem: str, outputs: Outputs, record: OutputRecord) -> bool:
+        """Return whether all files of an image exist as they were written, or as the user changed them."""
+        image = self._images.get(self.inputs[index])
+        if image is None or image.sizes is None or image.key != self.key:
+            return False
+        if image.stamp is None or image.stamp != self.stamp(index):
+            return False
+        if any(key not in image.documents for _, key in outputs.documents()):
+            return False
+        if outputs.has_polygons and image.tolerance != outputs.tolerance:
+            return False
+        for end, name in outputs.file_names(stem).items():
+            try:
+                size = os.path.getsize(self.out / name)
+            except OSError:
+                return False
+            if end not in image.sizes:
+                return False
+            if size != image.sizes[end]:
+                if not record.has_changed(name):  # a later call wrote it, and was killed
+                    return False
+                self.changed_files.append(name)
+        return True
+
+    def has_other_depth(self, index: int) -> bool:
+        """Return whether a finished image of a set of more than 8 bits was read with other depths than now."""
+        depths = self._images[self.inputs[index]].depths
+        return depths is not None and depths != self.source.depths.decide()
+
+    def failed(self, index: int) -> bool:
+        """Return whether the last attempt at the image failed and it has not changed since."""
+        image = self._images.get(self.inputs[index])
+        return image is not None and image.sizes is None and image.key == self.key and image.stamp == self.stamp(index)
+
+    def add(self, index: int, stamp: Any, record: Mapping[str, Any]) -> None:
+        """Record that an image's files are written, or ``{"skipped": reason}``; OSError if the disk is full."""
+        name, source = self.source.names[index], self.inputs[index]
+        self._append({"name": name, "source": source, "key": self.key, "stamp": stamp, **record})
+
+    def merge_ranks(self) -> None:
+        """Add the lines of the other processes; OSError if the disk is full."""
+        for path in sorted(self.out.glob(RANK_MANIFEST.format("*"))):
+            for _, line in read_lines(path):
+                self._append(line)
+            path.unlink()
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield index and line of the finished images in the order of the source, read one by one."""
+        for index, name in enumerate(self.inputs):
+            image = self._images.get(name)
+            if image is not None and image.sizes is not None and (line := self._read_line(image.offset)) is not None:
+                yield index, line
+
+    def annotated_images(self, key: str) -> Iterator[dict[str, Any]]:
+        """Yield the lines of the images of all calls that have annotations under ``key``, by their numbers."""
+        for image in sorted(self._images.values(), key=lambda image: image.image_id):
+            if key in image.documents and (line := self._read_line(image.offset)) is not None:
+                yield line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read_line(self, offset: int) -> dict[str, Any] | None:
+        with open(self.out / MANIFEST, "rb") as file:
+            file.seek(offset)
+            return parse_line(file.readline())
+
+    def _append(self, line: dict[str, Any]) -> None:
+        offset = os.path.getsize(self._file.path)
+        self._file.append(line)
+        self._remember(offset, line)
+
+    def _remember(self, offset: int, line: dict[str, Any]) -> None:
+        source, key = line.get("source"), line.get("key")
+        if not isinstance(source, str) or not isinstance(key, str):
+            return
+        sizes, image_id = None if "skipped" in line else line["files"], line.get("image_id", 0)
+        keys = tuple(k for _, k in DOCUMENTS.values() if sizes is not None and line.get(k) is not None)
+        stamp, tolerance, depths = (line.get(name) for name in ("stamp", "tolerance", "depths"))
+        self._images.pop(source, None)
+        self._images[source] = _Finished(offset, key, stamp, image_id, sizes, keys, tolerance, depths)
 
 
 def name_overview(record: OutputRecord, inputs: Sequence[str], command: str = "") -> tuple[str, str]:

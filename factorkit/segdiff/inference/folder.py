@@ -29,13 +29,15 @@ from factorkit.segdiff.inference.documents import (
     ALL_IMAGES,
     OVERVIEW,
     OVERVIEW_IMAGES,
+    Manifest,
     draw_overview,
     draw_overview_row,
+    fingerprint,
+    identify_inputs,
     list_documents,
     name_overview,
     write_documents,
 )
-from factorkit.segdiff.inference.manifest import Manifest, fingerprint, identify_inputs
 from factorkit.segdiff.inference.outputs import (
     Outputs,
     check_formats,

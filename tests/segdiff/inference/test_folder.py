@@ -17,7 +17,7 @@ from PIL import Image
 from factorkit.data.sources import FileSource
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import folder as segment_folder
-from factorkit.segdiff.inference.manifest import MANIFEST
+from factorkit.segdiff.inference.documents import MANIFEST
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
 

@@ -1,4 +1,9 @@
-"""Multiresolution hash encoding (csrc/hash_grid.h), with gradients for table, coordinates and level weights."""
+"""Encodings of positions and directions: sines in octaves, hashed grids of several resolutions, spherical harmonics.
+
+The gradient of the sines is computed from their output. The hashed grids (csrc/hash_grid.h) have gradients for table,
+coordinates and level weights. The harmonics are real, of degrees 0 to 3, in the order and with the signs of 3DGS (Sloan
+2013), all in plain PyTorch: with 16 numbers a direction they are bound by memory.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import call_extension, register, select
@@ -16,6 +22,85 @@ INTERPOLATIONS = ("linear", "quintic")
 DIMS, FEATURES, MAX_LEVELS = (2, 3, 4), (1, 2, 4, 8), 32  # as in csrc/hash_grid.h and its CUDA kernels
 #: Multipliers of the vertex hash (Müller et al. 2022, eq. 4); csrc/hash_grid.h holds the same.
 HASH_PRIMES = (1, 2_654_435_761, 805_459_861, 3_674_653_429)
+MAX_DEGREE = 3
+C0 = 0.5 / math.sqrt(math.pi)  # the value of the harmonic of degree 0
+
+
+def encode_waves(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
+    """Compute :func:`frequency` in plain differentiable PyTorch: the reference."""
+    angles = x[:, :, None] * _octaves(x, bands)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=2)
+    if annealing is not None:
+        waves = waves * annealing
+    return waves.flatten(1)
+
+
+def frequency(x: Tensor, bands: int, annealing: Tensor | None = None) -> Tensor:
+    """Encode each coordinate by sines and cosines in octaves: [N, D*2*K] (Mildenhall et al. 2020, eq. 4).
+
+    For each coordinate first a_k sin(2^k pi x), k = 0..K-1, then a_k cos(2^k pi x). Gradients of any order reach x and
+    ``annealing``.
+
+    Args:
+        x: [N, D], any D, fp32 or fp64; usually within [-1, 1].
+        bands: K, at least 1.
+        annealing: [K] factors a_k in the dtype and on the device of x (see :func:`factorkit.ops.annealing_weights`).
+            None: ones.
+
+    Raises:
+        ValueError: other shapes or dtypes, bands < 1.
+    """
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; frequency takes points [N, D], float32 or float64")
+    if bands < 1:
+        raise ValueError(f"bands={bands}; give at least 1")
+    if annealing is not None:
+        if annealing.shape != (bands,):
+            raise ValueError(f"annealing has shape {tuple(annealing.shape)}; {bands} bands need [{bands}]")
+        if (annealing.dtype, annealing.device) != (x.dtype, x.device):
+            raise ValueError(f"annealing is {annealing.dtype} on {annealing.device}, but x is {x.dtype} on {x.device}")
+    return select("frequency", encode_waves, x)(x, bands, annealing)
+
+
+def _frequency_forward(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
+    waves = x.new_empty(*x.shape, 2, bands)
+    angles = x[:, :, None] * _octaves(x, bands)
+    torch.sin(angles, out=waves[:, :, 0])
+    torch.cos(angles, out=waves[:, :, 1])
+    if annealing is not None:
+        waves *= annealing
+    return waves.flatten(1)
+
+
+def _frequency_fake(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * 2 * bands)
+
+
+def _octaves(x: Tensor, bands: int) -> Tensor:
+    return math.pi * 2.0 ** torch.arange(bands, dtype=x.dtype, device=x.device)
+
+
+def _frequency_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, ctx.bands, _ = inputs
+    ctx.save_for_backward(x, output)
+
+
+def _frequency_autograd(ctx: Any, grad: Tensor) -> tuple:
+    x, out = ctx.saved_tensors
+    need_x, _, need_annealing = ctx.needs_input_grad
+    d_x = d_annealing = None
+    grad = grad.unflatten(1, (x.shape[1], 2, ctx.bands))
+    if need_x:
+        # d sin = cos and d cos = -sin; the output holds both, times a_k.
+        sines, cosines = out.unflatten(1, (x.shape[1], 2, ctx.bands)).unbind(2)
+        d_x = ((grad[:, :, 0] * cosines - grad[:, :, 1] * sines) * _octaves(x, ctx.bands)).sum(2)
+    if need_annealing:
+        plain = torch.ops.factorkit.frequency(x, ctx.bands, None).unflatten(1, (x.shape[1], 2, ctx.bands))
+        d_annealing = (grad * plain).sum((0, 1, 2))
+    return d_x, None, d_annealing
+
+
+register("frequency", _frequency_forward, _frequency_fake, autograd=(_frequency_setup_context, _frequency_autograd))
 
 
 def interpolate_vertices(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> Tensor:
@@ -220,3 +305,54 @@ register("hash_grid", _forward, _fake, autograd=(_setup_context, _autograd), nee
 register(
     "hash_grid_backward", _backward, _backward_fake, autograd=(_setup_second_order, _second_order), needs_extension=True
 )
+
+
+def harmonic_basis(directions: Tensor, degree: int) -> Tensor:
+    """Return the harmonics [..., (degree + 1)^2] at unit directions [..., 3]."""
+    x, y, z = directions.unbind(-1)
+    basis = [torch.full_like(x, C0)]
+    if degree >= 1:
+        c1 = math.sqrt(3 / (4 * math.pi))
+        basis += [-c1 * y, c1 * z, -c1 * x]
+    if degree >= 2:
+        c2, c20, c22 = (math.sqrt(k / math.pi) / 4 for k in (60, 5, 15))
+        xx, yy, zz = x * x, y * y, z * z
+        basis += [c2 * x * y, -c2 * y * z, c20 * (2 * zz - xx - yy), -c2 * x * z, c22 * (xx - yy)]
+    if degree >= 3:
+        c30, c31, c32, c33 = (math.sqrt(k / math.pi) / 4 for k in (7, 10.5, 105, 17.5))
+        basis += [
+            -c33 * y * (3 * xx - yy),
+            2 * c32 * x * y * z,
+            -c31 * y * (4 * zz - xx - yy),
+            c30 * z * (2 * zz - 3 * xx - 3 * yy),
+            -c31 * x * (4 * zz - xx - yy),
+            c32 * z * (xx - yy),
+            -c33 * x * (xx - 3 * yy),
+        ]
+    return torch.stack(basis, dim=-1)
+
+
+def spherical_harmonics(directions: Tensor, coefficients: Tensor, degree: int | None = None) -> Tensor:
+    """Evaluate functions on the sphere; differentiable in directions and coefficients, of every order.
+
+    Args:
+        directions: [N, 3], of any length; of length 0: no direction, only the harmonics' value at the zero vector.
+        coefficients: [N, K, C], K = 1, 4, 9 or 16.
+        degree: highest degree that is used, 0 to 3; None: that of K.
+
+    Returns:
+        The functions' values [N, C].
+
+    Raises:
+        ValueError: shapes that do not fit, or a degree outside 0..3 or above that of the coefficients.
+    """
+    count = coefficients.shape[1] if coefficients.dim() == 3 else 0
+    highest = math.isqrt(count) - 1
+    if count not in (1, 4, 9, 16) or directions.shape != (len(coefficients), 3):
+        shapes = f"{tuple(directions.shape)} and {tuple(coefficients.shape)}"
+        raise ValueError(f"directions must be [N, 3] and coefficients [N, 1, 4, 9 or 16, C]; got {shapes}")
+    degree = highest if degree is None else degree
+    if not 0 <= degree <= highest:
+        raise ValueError(f"degree={degree}; it must be from 0 to {highest}, that of the coefficients")
+    basis = harmonic_basis(F.normalize(directions, dim=1), degree)
+    return (basis[..., None] * coefficients[:, : basis.shape[1]]).sum(1)
