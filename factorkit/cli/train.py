@@ -20,7 +20,7 @@ from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean, fo
 if TYPE_CHECKING:
     from factorkit.engine.config import EngineConfig
 
-MODELS = {"segdiff": "images", "nerfdiff": "views of a scene", "autoencoder": "latents of images"}
+MODELS = {"segdiff": "images", "nerfdiff": "views of a scene", "autoencoder": "what segdiff's --latent takes"}
 COMMON = ("data", "out", "preset", "dry_run", "resolution", "steps", "batch_size", "learning_rate", "seed", "device")
 
 
@@ -72,7 +72,7 @@ class TrainSegdiff(Command):
     """Also score trivial predictors at the end, if there are labels."""
 
     PROCESSES = "all"
-    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "latent", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
@@ -226,8 +226,8 @@ class TrainNerfdiff(Command):
 class TrainAutoencoder(Command):
     """Train an autoencoder on unlabelled images, or resume an interrupted training.
 
-    Its encoder makes small latents of photos, its decoder photos of latents. The run is a folder with settings,
-    checkpoints, photos beside their reconstructions, log and report.html. The same
+    A segdiff model denoises its small latents in place of pixels: factorkit train segdiff --latent RUN. The run is a
+    folder with settings, checkpoints, photos beside their reconstructions, log and report.html. The same
     command again resumes it exactly, from the newest checkpoint. The data are those of factorkit train segdiff.
 
     Examples:

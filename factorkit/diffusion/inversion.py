@@ -14,7 +14,14 @@ CLEAN = NoiseLevel(signal=1.0, sigma=0.0)
 
 @torch.no_grad()
 def invert(
-    denoiser: Denoiser, images: Tensor, *, schedule: Schedule, prediction: str, steps: int, t_start: int
+    denoiser: Denoiser,
+    images: Tensor,
+    *,
+    schedule: Schedule,
+    prediction: str,
+    steps: int,
+    t_start: int,
+    clip: bool = True,
 ) -> Tensor:
     """Return x_t at time t_start - 1 from which "ddim" draws ``images`` [B, C, H, W] in [-1, 1] again.
 
@@ -29,7 +36,7 @@ def invert(
     with it at 60. Cost: two calls of the denoiser a step.
 
     Args:
-        denoiser, schedule, prediction: as for :func:`~factorkit.diffusion.samplers.sample`.
+        denoiser, schedule, prediction, clip: as for :func:`~factorkit.diffusion.samplers.sample`.
         images: on the device of the schedule.
         steps: strides, as many as the sampler is to take.
         t_start: one more than the time of the result.
@@ -44,7 +51,8 @@ def invert(
         times = torch.full((len(images),), t, dtype=torch.int64, device=images.device)
         x = level.signal * x0 + level.sigma * eps
         for correct in (True, False):
-            x0 = to_x0(prediction, schedule, x, denoiser(x, times).prediction.float(), times).clamp(-1, 1)
+            x0 = to_x0(prediction, schedule, x, denoiser(x, times).prediction.float(), times)
+            x0 = x0.clamp(-1, 1) if clip else x0
             eps = (x - level.signal * x0) / level.sigma
             if correct:
                 x = x + level.signal / target.signal * (goal - target.signal * x0 - target.sigma * eps)

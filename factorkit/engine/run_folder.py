@@ -300,6 +300,10 @@ class TrainedRun:
         """Return what a checkpoint stores besides the weights."""
         return {"model": self.MODEL, **self.config.to_dict(), "step": self.step}
 
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of an exported model."""
+        return {f"ema.module.{name}": value for name, value in self.model.state_dict().items()}
+
     def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
@@ -316,7 +320,7 @@ class TrainedRun:
         """
         if distributed.rank() > 0:
             return Path(path)
-        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
+        weights = self._stored_tensors()
         source = f"save: {source or identify_run(self.folder, weights)}"
         opened = partial(writing_file, source=source, overwrite=overwrite)
         return write_checkpoint(Path(path), weights, self._settings(), opened)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from factorkit.nn.unet import zero_init
 from factorkit.utils.errors import DataError
 
 IMAGE_CHANNELS = 3
@@ -167,7 +168,7 @@ class _ResnetBlock(nn.Module):
         self.norm1 = nn.GroupNorm(groups, channels, EPS)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``factorkit.train_autoencoder``: an autoencoder of photos: small latents, and back."""
+"""``factorkit.train_autoencoder``: an autoencoder of photos, in whose latents segdiff can denoise."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ class AutoencoderConfig(EngineConfig):
     kl_weight: float = 1e-4
     """Weight of the KL divergence of the latents from a standard normal, in nats a latent, beside the mean absolute
     error of the pixels in [-1, 1]."""
+    crop_size: int | None = 64
+    """Side in pixels of the square that a step takes from each training image, at random. Smaller squares give more
+    steps in the same time. None takes whole images, as does a side above the resolution."""
     random_flip: bool = True
     """Flip half of the images left to right."""
     holdout: str | int = "auto"
@@ -110,6 +113,11 @@ class AutoencoderConfig(EngineConfig):
             raise ConfigError(
                 f"resolution={self.resolution} must be divisible by downsample={self.downsample} and at least twice as "
                 f"much; use resolution={nearest}"
+            )
+        if self.crop_size is not None and (self.crop_size % self.downsample or self.crop_size < 2 * self.downsample):
+            raise ConfigError(
+                f"crop_size={self.crop_size} must be divisible by downsample={self.downsample} and at least twice as "
+                "much, or None for whole images"
             )
         if self.model_channels % self.norm_groups:
             raise ConfigError(
@@ -166,7 +174,8 @@ class AutoencoderTask(ImageTask):
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the loss of the images ``indices``; see :class:`factorkit.engine.step.Task`."""
         config, images = self.config, self._draw_images(indices, draw, self.config.random_flip)
-        side = config.resolution // config.downsample
+        images = crop_randomly(images, min(config.crop_size or config.resolution, config.resolution), draw)
+        side = images.shape[2] // config.downsample
         output, mean, log_variance = model(images, draw.normal(config.latent_channels, side, side))
         error, kl = (output - images).abs().mean((1, 2, 3)), kl_divergence(mean, log_variance)
         return StepLoss(error + config.kl_weight * kl, error.detach(), torch.zeros_like(kl), {"kl": kl.detach().mean()})
@@ -184,6 +193,14 @@ class AutoencoderTask(ImageTask):
         small = [measure_psnr(shrink(part, self.config.downsample), part) for part in parts]
         decibels, baseline = (torch.cat(values).mean().item() for values in (own, small))
         return {"psnr": decibels, "error": -decibels, **log_checks([check_round_trip(decibels, baseline, step)])}
+
+
+def crop_randomly(images: Tensor, side: int, draw: BatchDraw) -> Tensor:
+    """Return a random square of ``side`` pixels of each image [B, 3, R, R]."""
+    starts = (draw.uniform(2) * (images.shape[2] - side + 1)).long()
+    rows, columns = (starts[:, i, None] + torch.arange(side, device=images.device) for i in range(2))
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def round_trip(model: Autoencoder, images: Tensor) -> Tensor:

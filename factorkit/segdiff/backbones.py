@@ -24,8 +24,8 @@ TOKENS_PER_SIDE = 16  # where patch_size= is left out; a few more if 16 does not
 class Backbone:
     """The sizes of a network, and how its parts are built: encoder, middle, and decoders that read both.
 
-    Encoders map (x [B, 3, H, W], embedding [B, E]) to a list of features, middles (the last of them, embedding) to
-    h_mid, and decoders (h_mid, features, embedding, masks of :meth:`mask_pyramid`) to an image; see
+    Encoders map (x [B, image_channels, H, W], embedding [B, E]) to a list of features, middles (the last of them,
+    embedding) to h_mid, and decoders (h_mid, features, embedding, masks of :meth:`mask_pyramid`) to an image; see
     :class:`factorkit.nn.unet.Decoder`.
     """
 
@@ -34,6 +34,7 @@ class Backbone:
     num_heads: int
     norm_groups: int
     dropout: float
+    image_channels: int = IMAGE_CHANNELS
 
     #: settings of this backbone alone
     OWN: ClassVar[tuple[str, ...]]
@@ -146,7 +147,7 @@ class UNetBackbone(Backbone):
 
     def build_encoder(self) -> Encoder:
         return Encoder(
-            IMAGE_CHANNELS,
+            self.image_channels,
             self.model_channels,
             self.channel_mult,
             self.num_res_blocks,
@@ -247,7 +248,7 @@ class UViTBackbone(Backbone):
 
     def build_encoder(self) -> TokenEncoder:
         return TokenEncoder(
-            IMAGE_CHANNELS,
+            self.image_channels,
             self.model_channels,
             self.depth // 2,
             self.patch_size,
@@ -293,4 +294,4 @@ def make_backbone(name: str, settings: Mapping[str, Any]) -> Backbone:
     if name not in BACKBONES:
         raise ConfigError(f"backbone={name!r} is unknown; choose one of {', '.join(BACKBONES)}")
     kind = BACKBONES[name]
-    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind)})
+    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind) if field.name in settings})

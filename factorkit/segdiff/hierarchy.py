@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.segdiff.backbones import Backbone
-from factorkit.segdiff.network import FactorizedDenoiser, Regions
+from factorkit.segdiff.network import FactorizedDenoiser, PixelSpace, Regions
 from factorkit.utils.errors import ConfigError
 
 
@@ -44,6 +44,7 @@ class HierarchicalDenoiser(Denoiser):
         self.nesting = tuple(regions)
         check_nesting(self.nesting, settings.get("decoding", "masked_skips"), settings.get("masks", "network"))
         self.regions, self.resolution = math.prod(self.nesting), backbone.resolution
+        self.space = PixelSpace()
         self.levels = nn.ModuleList(FactorizedDenoiser(backbone, regions=count, **settings) for count in self.nesting)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.nn.unet import LabelEmbedding
-from factorkit.segdiff.backbones import IMAGE_CHANNELS, Backbone
+from factorkit.segdiff.backbones import Backbone
 from factorkit.segdiff.masks.network import at_least_fp32
 from factorkit.segdiff.masks.objects import ObjectMasks
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposer
@@ -48,6 +48,28 @@ class Regions(NamedTuple):
     levels: Tensor | None = None
 
 
+class PixelSpace:
+    """What a model denoises: the pixels of images, as they are.
+
+    Attributes:
+        clip: whether what is denoised lies in [-1, 1].
+    """
+
+    clip = True
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return what the model denoises, of images [B, 3, H, W] in [-1, 1]."""
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the images in [-1, 1] of what the model denoises."""
+        return x
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file has to hold of the space, by name."""
+        return {}
+
+
 class RegionTokens(nn.Module):
     """One vector per region, added to the time embedding of its branch: the region's mean of a LOCAL image feature.
 
@@ -68,7 +90,7 @@ class RegionTokens(nn.Module):
 
 
 class FactorizedDenoiser(Denoiser):
-    """The factorized denoiser around any backbone.
+    """The factorized denoiser around any backbone. What it denoises is images here, in pixels or in its ``space``.
 
     Args:
         backbone: encoder, middle and decoders.
@@ -117,6 +139,7 @@ class FactorizedDenoiser(Denoiser):
         )
         self.backbone, self.regions, self.resolution, self.decoding = backbone, regions, backbone.resolution, decoding
         self.checkpoint_branches = checkpoint_branches
+        self.space = PixelSpace()
         self.time, self.encoder, self.middle = (
             backbone.build_time(),
             backbone.build_encoder(),
@@ -126,7 +149,7 @@ class FactorizedDenoiser(Denoiser):
         self.masks: MaskProposer | None = None
         self.tokens: RegionTokens | None = None
         if regions == 1:
-            self.decoder: nn.Module = backbone.build_decoder(IMAGE_CHANNELS)
+            self.decoder: nn.Module = backbone.build_decoder(backbone.image_channels)
             return
         if masks == "auto":
             self.masks = ObjectMasks(regions, self.resolution).requires_grad_(False)
@@ -136,12 +159,12 @@ class FactorizedDenoiser(Denoiser):
             self.masks = backbone.build_masks(regions, normalised_logits, half_resolution_masks)
         extra = regions if decoding == "concat" else 0
         decoders = [
-            backbone.build_decoder(IMAGE_CHANNELS, extra, branch_norm)
+            backbone.build_decoder(backbone.image_channels, extra, branch_norm)
             for _ in range(regions if decoding == "unshared" else 1)
         ]
         self.decoder = nn.ModuleList(decoders) if decoding == "unshared" else decoders[0]
         if region_tokens:
-            self.tokens = RegionTokens(IMAGE_CHANNELS, backbone.region_channels, backbone.embed)
+            self.tokens = RegionTokens(backbone.image_channels, backbone.region_channels, backbone.embed)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, within: Tensor | None = None) -> Denoised:
         """Denoise; the bottleneck is :class:`Regions`. For ``regions=1`` the mask is one everywhere.

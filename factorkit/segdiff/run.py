@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from factorkit.engine.config import resolve_device
 from factorkit.engine.run_folder import TrainedRun, load_trained, select_settings, write_json
@@ -20,6 +21,8 @@ from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import hard_labels, predict_masks
 from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
+from factorkit.segdiff.latents import read_space
+from factorkit.segdiff.network import PixelSpace
 from factorkit.segdiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
@@ -39,9 +42,11 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         device: torch.device,
         step: int,
         folder: Path | None = None,
+        space: PixelSpace | None = None,
     ):
         super().__init__(config, model, device)
         self.step, self.folder = step, folder
+        self.model.space = space or self.model.space
 
     @classmethod
     def load(
@@ -68,7 +73,12 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         path = Path(path)
         config, model, step = load_trained(path, cls.MODEL, weights, read_config)
         torch_device = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, torch_device, step, path if path.is_dir() and weights == "average" else None)
+        space = read_space(path) if config.latent_channels else None
+        folder = path if path.is_dir() and weights == "average" else None
+        return cls(config, model, torch_device, step, folder, space)
+
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        return super()._stored_tensors() | self.model.space.tensors()
 
     def generate(
         self,

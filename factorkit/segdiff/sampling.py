@@ -12,7 +12,9 @@ from factorkit.diffusion.denoiser import Denoiser, GuidedDenoiser
 from factorkit.diffusion.samplers import Samples, SamplingStep, sample
 from factorkit.diffusion.schedule import Schedule, to_x0
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.network import Regions
+from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.inference.segment import lift_masks
+from factorkit.segdiff.network import PixelSpace, Regions
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import derived_seed
 
@@ -105,6 +107,7 @@ def draw_images(
         raise ConfigError(
             f"steps={steps} must lie between 1 and {config.timesteps}, the steps of this model's schedule"
         )
+    channels, space = config.make_backbone().image_channels, cast(SegdiffModel, model).space
     start, (begin, end, _) = num_trained_times(config), (rows or slice(None)).indices(count)
 
     batches: list[Samples] = []
@@ -116,7 +119,7 @@ def draw_images(
             denoiser = GuidedDenoiser(denoiser, labels[first:][chosen].to(device), guidance)
         samples = sample(
             denoiser,
-            (size, 3, config.resolution, config.resolution),
+            (size, channels, config.side, config.side),
             schedule=config.build_schedule(device),
             prediction=config.prediction,
             sampler=sampler,
@@ -124,10 +127,11 @@ def draw_images(
             t_start=start,
             seed=derived_seed("generate", seed, first),
             rows=chosen,
+            clip=space.clip,
             progress=progress,
             trajectory=trajectory,
         )
-        batches.append(_to_cpu(samples))
+        batches.append(_to_images(samples, space))
     frames = None
     if trajectory:
         frames = [
@@ -143,15 +147,17 @@ def draw_images(
     return Samples(images, _concatenate([batch.bottleneck for batch in batches]), frames)
 
 
-def _to_cpu(samples: Samples) -> Samples:
-    """Keep images and masks only, on the CPU."""
+def _to_images(samples: Samples, space: PixelSpace) -> Samples:
+    """Keep images and masks at their pixels only, on the CPU; the noisy input of a step stays what the model saw."""
+
+    def keep(x: Tensor, regions: Regions) -> tuple[Tensor, Regions]:
+        images = space.decode(x)
+        return images.cpu(), Regions(lift_masks(regions.masks, images).cpu(), None)
+
     frames = None
     if samples.trajectory is not None:
-        frames = [
-            SamplingStep(s.t, s.x_t.cpu(), s.x0.cpu(), Regions(s.bottleneck.masks.cpu(), None))
-            for s in samples.trajectory
-        ]
-    return Samples(samples.images.cpu(), Regions(samples.bottleneck.masks.cpu(), None), frames)
+        frames = [SamplingStep(s.t, s.x_t.cpu(), *keep(s.x0, s.bottleneck)) for s in samples.trajectory]
+    return Samples(*keep(samples.images, samples.bottleneck), frames)
 
 
 def _concatenate(parts: Sequence[Regions]) -> Regions:

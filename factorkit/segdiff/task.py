@@ -21,10 +21,11 @@ from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
 from factorkit.segdiff.masks.spatial_mixture import noise_error, unexplained_noise
-from factorkit.segdiff.network import FactorizedDenoiser
+from factorkit.segdiff.network import FactorizedDenoiser, PixelSpace
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
@@ -75,7 +76,9 @@ class SegdiffTask(ImageTask):
 
     Args:
         images, probes, device: as of :class:`ImageTask`.
+            In a space of latents, the images are theirs: fp16 [N, V, C, h, w], with those of mirror images if V is 2.
         labels: int64 [N], -1 where an image has none, for a configuration with classes.
+        space: in which the model denoises; None: pixels.
     """
 
     def __init__(
@@ -85,9 +88,12 @@ class SegdiffTask(ImageTask):
         probes: np.ndarray,
         device: torch.device,
         labels: np.ndarray | None = None,
+        space: PixelSpace | None = None,
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
-        super().__init__(config.build(), images, probes, device)
+        model = config.build()
+        model.space = space or model.space
+        super().__init__(model, images, probes, device)
         self.config, self.schedule = config, config.build_schedule(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
 
@@ -135,6 +141,12 @@ class SegdiffTask(ImageTask):
             t = torch.where(high, draw.integers(config.t_max, config.timesteps), t)
         return x0, draw.normal(*x0.shape[1:]), t
 
+    def _draw_images(self, indices: Tensor, draw: BatchDraw, random_flip: bool) -> Tensor:
+        if not self.config.latent_channels:
+            return super()._draw_images(indices, draw, random_flip)
+        views, flip = self._gather(indices).float(), draw.uniform() < 0.5
+        return torch.where(flip[:, None, None, None], views[:, -1], views[:, 0])
+
     def _draw_labels(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
         """Return the labels of the images with some dropped; nothing for a model without classes."""
         if self.labels is None:
@@ -168,12 +180,13 @@ class SegdiffTask(ImageTask):
         )
         save_image(grid, folder / f"{step:06d}_generated.png")
         images = self.choose_probes(count)
-        x_t, t = add_noise(images, config.segment_t, self.schedule)
+        network = cast(SegdiffModel, model)
+        x_t, t = add_noise(network.space.encode(images), config.segment_t, self.schedule)
         regions = model(x_t, t).bottleneck
         branches = None
         if regions.branches is not None:
             estimates = estimate_branches(config.prediction, self.schedule, x_t, regions.branches, t)
-            branches = np.stack([signed_to_pixels(b) for b in estimates.unbind(1)], 1) / 255.0
+            branches = np.stack([signed_to_pixels(network.space.decode(b)) for b in estimates.unbind(1)], 1) / 255.0
         masks, nesting = predict_masks(model, images, config.segment_t, self.schedule), config.nesting
         leaf_labels = hard_labels(masks, nesting)
         levels = [level_labels(leaf_labels, nesting, level + 1).numpy() for level in range(len(nesting))]

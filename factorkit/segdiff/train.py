@@ -7,10 +7,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from factorkit.data.classes import Classes, read_classes
@@ -19,6 +21,7 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import CONFIG, RunLog, claimed, copy_folder, read_object, read_settings, write_json
 from factorkit.engine.trainer import Trainer
+from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
@@ -33,6 +36,14 @@ from factorkit.segdiff.drawn_images import (
     skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
+from factorkit.segdiff.latents import (
+    COPY_NAME,
+    LatentSpace,
+    hash_autoencoder,
+    open_autoencoder,
+    read_space,
+    store_space,
+)
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
 from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
@@ -104,7 +115,8 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
-    given, note = settle_masks(preset_config(preset, **changes), folder)
+    given, autoencoder = settle_latents(preset_config(preset, **changes), folder)
+    given, note = settle_masks(given, folder)
     config = given.resolved()
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
@@ -126,9 +138,20 @@ def train_segdiff(
         labels = image_classes.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
     settings["data"] = describe_data(dataset, prepared, labels)
+    if autoencoder is not None:
+        settings["autoencoder"] = hash_autoencoder(autoencoder)
+
+    @cache
+    def find_latents() -> tuple[LatentSpace | None, np.ndarray]:
+        if autoencoder is None:
+            return None, prepared.images
+        return encode_images(autoencoder, prepared.images, config.random_flip, folder, device)
 
     def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
-        task = SegdiffTask(config, prepared.images, probes, device, labels)
+        space, images = find_latents()
+        if space is not None and distributed.rank() == 0:
+            store_space(folder, space)
+        task = SegdiffTask(config, images, probes, device, labels, space)
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
             stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
@@ -148,6 +171,38 @@ def train_segdiff(
             score_run(run, dataset, baselines)
         judge_drawn_images(run, prepared.images)
     return run
+
+
+def settle_latents(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, Autoencoder | None]:
+    """Return the settings with the sizes of the latents, and the autoencoder of ``latent=``; None without one.
+
+    A run resumes with its copy if the autoencoder is no longer where it was.
+    """
+    if config.latent_channels or config.latent_factor != 1:
+        raise ConfigError(
+            "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
+        )
+    if config.latent is None:
+        return config, None
+    if not Path(config.latent).expanduser().exists() and (folder / COPY_NAME).exists():
+        autoencoder = read_space(folder).autoencoder
+    else:
+        autoencoder = open_autoencoder(config.latent)
+    sizes = autoencoder.sizes
+    channels = {"latent_channels": sizes.latent_channels, "latent_factor": sizes.downsample}
+    return dataclasses.replace(config, **channels), autoencoder
+
+
+def encode_images(
+    autoencoder: Autoencoder, images: np.ndarray, random_flip: bool, folder: Path, device: torch.device
+) -> tuple[LatentSpace, np.ndarray]:
+    """Return the space of a run in ``folder``, which it may store already, and the latents of its images, in fp16."""
+    if (folder / COPY_NAME).exists():
+        space = read_space(folder)
+    else:
+        space = LatentSpace(autoencoder)
+        space.measure(images, device)
+    return space, space.encode_all(images, random_flip, device).numpy()
 
 
 def settle_masks(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:
@@ -269,7 +324,7 @@ def estimate(
         (the micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
-    config = preset_config(preset, **changes).resolved()
+    config = settle_latents(preset_config(preset, **changes), Path("."))[0].resolved()
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))
     device = resolve_device(config.device)
@@ -278,10 +333,12 @@ def estimate(
         count = min(count, 16 if config.resolution * config.model_channels <= 2048 else 1)
     trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
     shape = (max(2, count), config.resolution, config.resolution, 3)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = probes = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if config.latent_channels:
+        images = np.zeros((max(2, count), 1, config.latent_channels, config.side, config.side), np.float16)
     labels = None if classes is None else np.zeros(len(images), np.int64)
     before = peak_memory(device)
-    task = SegdiffTask(trial, images, images, device, labels)
+    task = SegdiffTask(trial, images, probes, device, labels)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)

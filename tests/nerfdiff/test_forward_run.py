@@ -26,7 +26,7 @@ WAYS = {
     "learned": {"poses": "learned"},
     "tuned": {"finetune_steps": 3, "noise": False},
     "hashgrid": {"field": "hashgrid"},
-    "gaussians": {"field": "gaussians", "num_gaussians": 60, "gaussian_steps": 10},
+    "gaussians": {"field": "gaussians", "num_gaussians": 60, "gaussian_steps": 10, "finetune_steps": 3},
     "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples_per_ray": 3},
 }
 

@@ -59,6 +59,7 @@ def test_check_round_trip_below_a_small_copy_of_the_photo_fails():
         ({"downsample": 3}, r"downsample=3 must be one of 4, 8"),
         ({"resolution": 18}, r"resolution=18 must be divisible by downsample=4 .* use resolution=16"),
         ({"resolution": 4}, r"resolution=4 must be .* use resolution=8"),
+        ({"crop_size": 10}, r"crop_size=10 must be divisible by downsample=4"),
         ({"model_channels": 12}, r"model_channels=12 must be divisible by norm_groups=8"),
         ({"latent_channels": 0}, r"latent_channels=0 must be at least 1"),
         ({"kl_weight": -1.0}, r"kl_weight=-1.0 must be a finite weight"),

@@ -53,7 +53,8 @@ def pixel_features(run: SegdiffRun, images: np.ndarray) -> Tensor:
     try:
         for level in NOISE_LEVELS:
             t = min(run.config.timesteps - 1, level * run.config.timesteps // 1000)
-            x_t, times = add_noise(pixels_to_signed(torch.from_numpy(images)).to(run.device), t, run.schedule)
+            x = run.model.space.encode(pixels_to_signed(torch.from_numpy(images)).to(run.device))
+            x_t, times = add_noise(x, t, run.schedule)
             outputs.clear()
             run.model(x_t, times)
             for out in outputs:

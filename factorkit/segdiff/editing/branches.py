@@ -10,7 +10,7 @@ from torch import Tensor
 from factorkit.diffusion.schedule import Schedule, to_x0
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
-from factorkit.segdiff.inference.segment import add_noise
+from factorkit.segdiff.inference.segment import add_noise, lift_masks
 from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, estimate_branches
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
@@ -48,10 +48,11 @@ def decompose_images(
         )
     parts = []
     for batch in images.split(SAMPLE_BATCH_SIZE):
-        x_t, times = add_noise(batch.to(schedule.device), t, schedule)
+        x_t, times = add_noise(model.space.encode(batch.to(schedule.device)), t, schedule)
         out = model(x_t, times)
         x0 = to_x0(config.prediction, schedule, x_t, out.prediction, times)
         branches = estimate_branches(config.prediction, schedule, x_t, out.bottleneck.branches, times)
-        masks = out.bottleneck.masks.float().cpu()
-        parts.append((signed_to_unit(x_t), signed_to_unit(x0), masks, signed_to_unit(branches)))
+        noisy, estimate, *decoded = (model.space.decode(x) for x in (x_t, x0, *branches.unbind(1)))
+        masks = lift_masks(out.bottleneck.masks.float(), estimate).cpu()
+        parts.append((signed_to_unit(noisy), signed_to_unit(estimate), masks, signed_to_unit(torch.stack(decoded, 1))))
     return Branches(*map(torch.cat, zip(*parts, strict=True)))

@@ -12,7 +12,7 @@ from factorkit.diffusion.samplers import NoiseLevel, sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
-from factorkit.segdiff.inference.segment import hard_labels
+from factorkit.segdiff.inference.segment import hard_labels, lift_masks
 from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.images import signed_to_unit
 
@@ -70,19 +70,20 @@ def interpolate_images(
     if steps < 1:
         raise ConfigError(f"steps={steps}: at least one denoising step is needed")
     strides: dict[str, Any] = {"prediction": config.prediction, "t_start": t + 1, "steps": min(steps, t + 1)}
-    strides["schedule"] = schedule
+    strides |= {"schedule": schedule, "clip": model.space.clip}
     shares = torch.linspace(0, 1, frames)
     level = NoiseLevel(float(schedule.signals[t]), float(schedule.sigmas[t]))
     images, masks = [], []
     a, b = pair_images(a, b)
     for pair in zip(a, b, strict=True):
-        ends = torch.stack(pair).to(schedule.device)
+        ends = model.space.encode(torch.stack(pair).to(schedule.device))
         start, end = (invert(model, ends, **strides) - level.signal * ends) / level.sigma
         s = shares.to(schedule.device)[:, None, None, None]
         x_t = level.signal * torch.lerp(ends[0], ends[1], s) + level.sigma * slerp(start, end, s)
         samples = sample(model, x_t.shape, sampler="ddim", x_start=x_t, **strides)
-        images.append(signed_to_unit(samples.images))
-        masks.append(samples.bottleneck.masks.float().cpu())
+        decoded = model.space.decode(samples.images)
+        images.append(signed_to_unit(decoded))
+        masks.append(lift_masks(samples.bottleneck.masks.float(), decoded).cpu())
     stacked = torch.stack(masks)
     labels = hard_labels(stacked, config.nesting)
     return Interpolation(torch.stack(images), stacked, labels, shares, signed_to_unit(a), signed_to_unit(b))

@@ -16,6 +16,7 @@ from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.interpolate import pair_images
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import hard_labels, predict_masks
+from factorkit.segdiff.masks.objects import resize
 from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, check_edit_time, estimate_branches, num_trained_times
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
@@ -103,19 +104,25 @@ class Recomposer(Denoiser):
         original: Tensor,
         source: Tensor,
         t_free: int,
+        clip: bool = True,
     ):
         super().__init__()
+        self.clip = clip
         self.model, self.prediction, self.schedule = model, prediction, schedule
         self.region, self.weights, self.original, self.source, self.t_free = region, weights, original, source, t_free
+
+    def clamp(self, x0: Tensor) -> Tensor:
+        """Return estimates of pixels within [-1, 1], latents as they are."""
+        return x0.clamp(-1, 1) if self.clip else x0
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
         """Estimate the edited clean image at times t [B], all equal."""
         out = self.model(x_t, t, cond)
         masks, branches = out.bottleneck.masks, out.bottleneck.branches
         if branches is None:
-            painted = others = to_x0(self.prediction, self.schedule, x_t, out.prediction, t).clamp(-1, 1)
+            painted = others = self.clamp(to_x0(self.prediction, self.schedule, x_t, out.prediction, t))
         else:
-            estimates = estimate_branches(self.prediction, self.schedule, x_t, branches, t).clamp(-1, 1)
+            estimates = self.clamp(estimate_branches(self.prediction, self.schedule, x_t, branches, t))
             rest = [j for j in range(estimates.shape[1]) if j != self.region]
             share = masks[:, rest] / masks[:, rest].sum(1, keepdim=True).clamp_min(1e-6)
             painted, others = estimates[:, self.region], (share[:, :, None] * estimates[:, rest]).sum(1)
@@ -165,7 +172,8 @@ def recompose_images(
     has_sources = sources is not None
     originals, sources = pair_images(originals, originals if sources is None else sources)
     generator = torch.Generator().manual_seed(derived_seed("recompose", seed))
-    eps = torch.randn(originals.shape[1:], generator=generator).to(schedule.device)
+    space, shape = model.space, (config.make_backbone().image_channels, config.side, config.side)
+    eps = torch.randn(shape, generator=generator).to(schedule.device)
 
     parts = []
     for original, source in zip(originals.split(SAMPLE_BATCH_SIZE), sources.split(SAMPLE_BATCH_SIZE), strict=True):
@@ -174,21 +182,24 @@ def recompose_images(
         )
         weights = edit_weights(masks, None if remove else source_masks, region)
         original, source = original.to(schedule.device), source.to(schedule.device)
+        x, x_source = space.encode(original), space.encode(source)
+        shares = Weights(*(resize(share, *x.shape[2:]) for share in weights))
         recomposer = Recomposer(
             model,
             config.prediction,
             schedule,
             region=region,
-            weights=weights,
-            original=original,
-            source=source,
+            weights=shares,
+            original=x,
+            source=x_source,
             t_free=t_free,
+            clip=space.clip,
         )
-        clean = weights.kept * original + (weights.region * source if t_free < num_levels else 0)
+        clean = shares.kept * x + (shares.region * x_source if t_free < num_levels else 0)
         last = torch.full((len(original),), num_levels - 1, dtype=torch.int64, device=schedule.device)
         samples = sample(
             recomposer,
-            original.shape,
+            x.shape,
             schedule=schedule,
             prediction="x0",
             sampler=sampler,
@@ -196,10 +207,14 @@ def recompose_images(
             t_start=num_levels,
             x_start=schedule.noise(clean, eps, last),
             shared_noise=True,
+            clip=space.clip,
             seed=derived_seed("recompose", seed, "steps"),
         )
-        # copied, because the sampler's formulas round: kept pixels are exact
-        images = torch.where(weights.kept == 1, original, samples.images)
+        # copied, because the sampler's formulas round, and decoding loses detail: kept pixels are exact
+        images = space.decode(samples.images)
+        if images.shape != x.shape:
+            images = torch.lerp(images, original, weights.kept)
+        images = torch.where(weights.kept == 1, original, images)
         result_masks = predict_masks(model, images, config.segment_t, schedule)
         parts.append((signed_to_unit(images), result_masks, weights.kept[:, 0].cpu()))
     images, masks, kept = map(torch.cat, zip(*parts, strict=True))

@@ -21,6 +21,7 @@ from factorkit.data.archives import ZipSource
 from factorkit.data.files import escape_name
 from factorkit.data.sources import FileSource, Source
 from factorkit.report.image_grid import Caption, draw_image_grid, overlay_regions, palette
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.outputs import DOCUMENTS, YOLO_CLASSES, Outputs
 from factorkit.utils.errors import WriteError
 from factorkit.utils.files import JsonLines, parse_line, read_lines
@@ -46,10 +47,10 @@ def identify_inputs(source: Source) -> list[str]:
     return [f"{where.rstrip('/')}/{name}" for name in source.names]
 
 
-def fingerprint(model: torch.nn.Module, settings: Mapping[str, Any]) -> str:
+def fingerprint(model: SegdiffModel, settings: Mapping[str, Any]) -> str:
     """Hash everything that an image's masks depend on, except the image."""
     digest = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=12)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() | model.space.tensors()).items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

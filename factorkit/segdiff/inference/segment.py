@@ -232,17 +232,31 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
 
     Args:
         model: a :class:`~factorkit.segdiff.network.FactorizedDenoiser` or a hierarchy of them.
-        images: of any size that the model can divide.
+        images: of any size that the model can divide. Masks of latents are lifted to their pixels.
         label: the class the model is conditioned on; None: no class.
     """
     network = cast(FactorizedDenoiser, model)
     batch = max(1, MASK_BATCH_SIZE * network.resolution**2 // (images.shape[2] * images.shape[3]))
     parts = []
     for part in images.split(batch):
-        x_t, times = add_noise(part.to(schedule.device), t, schedule)
+        part = part.to(schedule.device)
+        x_t, times = add_noise(network.space.encode(part), t, schedule)
         labels = () if label is None else (torch.full_like(times, label),)
-        parts.append(network.segment(x_t, times, *labels).float().cpu())
+        parts.append(lift_masks(network.segment(x_t, times, *labels).float(), part).cpu())
     return torch.cat(parts)
+
+
+def lift_masks(masks: Tensor, images: Tensor) -> Tensor:
+    """Return masks [B, K, h, w] at the pixels of images [B, 3, H, W] in [-1, 1], by the guided filter where h < H."""
+    if masks.shape[2:] == images.shape[2:]:
+        return masks
+    images, (height, width) = (images.float() + 1) / 2, images.shape[2:]
+    grid = (min(height, GUIDE_SCALE * masks.shape[2]), min(width, GUIDE_SCALE * masks.shape[3]))
+    on_grid = F.interpolate(masks, grid, mode="bilinear", align_corners=False)
+    radius = max(1, round(GUIDE_REACH * min(grid)))
+    fitted = fit_guided_filter(F.adaptive_avg_pool2d(images, grid), on_grid, radius, GUIDE_EPS)
+    lifted = apply_guided_filter(fitted, images).clamp_min(0)
+    return lifted / lifted.sum(1, keepdim=True)  # at least 1: they summed to 1 before the clamp
 
 
 @torch.no_grad()

@@ -27,7 +27,9 @@ from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianFiel
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
+from factorkit.nerfdiff.viewer import Viewer, ViewerScene, fov_and_aspect, render_viewpoint
 from factorkit.utils.errors import ConfigError, OutOfMemoryError
 from factorkit.utils.files import read_log
 from factorkit.utils.rng import derived_seed
@@ -305,6 +307,35 @@ def test_regularisers_lower_opacities_and_scales():
         assert fog[f"field.{name}"].sum() > plain[f"field.{name}"].sum()
 
 
+def test_encoder_learns_from_new_views_drawn_from_the_gaussians():
+    views = make_procedural_views(6, 12, seed=1)
+    scene, field = open_scene(views, 12, torch.device("cpu")), make_field(40)
+    config = preset_config("fast", resolution=12, field="gaussians", num_rendered_views=3, encoder_resolution=12)
+    settings = {"layout": "object", "size": scene.size, "distance": scene.distance}
+    task = DistilTask(config, scene, build_model(config, settings, scene.camera, field, scene.poses))
+    assert len(task.images) == 9 and len(task.poses) == 9
+    drawn = render_views(field, task.poses[6:], scene.camera, (12, 12), 1)
+    torch.testing.assert_close(task.images[6:], drawn.color.movedim(-1, 1))
+    assert drawn.opacity.max() > 0.5 and not any(p.requires_grad for p in field.parameters())
+
+
+def test_viewer_draws_forward_facing_gaussians_and_shows_the_splats():
+    pytest.importorskip("viser")
+    views, field = forward.forward_views(columns=2, rows=1), make_field()
+    field.box_scale = forward.CAMERA.box_scale
+    field.means.data[:, 2] -= 4
+    contents = ViewerScene(1, field.requires_grad_(False), views, forward.CAMERA.background)
+    fov, _ = fov_and_aspect(views.intrinsics[0], *views.size)
+    pixels = render_viewpoint(contents, None, views.poses[0], fov, 18, 24)
+    want = render_views(field, views.poses[:1], forward.CAMERA, (18, 24), 1).color[0]
+    assert np.abs(pixels / 255 - want.clamp(0, 1).numpy()).max() < 1 / 255 and want.std() > 0.05
+    with Viewer(contents, port=0) as viewer:
+        sent = []
+        viewer.server.scene.add_gaussian_splats = lambda name, *parts: sent.append(parts[0])
+        viewer.show(contents)
+    assert (sent[0] == field.means.numpy()).all()
+
+
 @pytest.mark.slow
 def test_joint_search_ends_with_gaussians_and_the_encoder_of_the_search(tmp_path):
     data = make_procedural_views(12, 12, seed=1)
@@ -401,6 +432,7 @@ def test_run_with_gaussians_renders_exports_and_resumes_as_a_scene(tmp_path):
     assert isinstance(run.model.field, GaussianField) and len(run.model.field.means) == 150
     loaded = factorkit.load(tmp_path / "run")
     torch.testing.assert_close(loaded.render(run.poses[:2]).images, run.render(run.poses[:2]).images)
+    assert "cameras_gaussians" in (run.folder / "report.html").read_text(encoding="utf-8")
     splats = factorkit.load(run.export(tmp_path / "splats.ply", data=data))
     torch.testing.assert_close(splats.model.field.means, run.model.field.means, rtol=0, atol=0)
     assert run.sample(1, steps=2).images.isfinite().all()

@@ -1,0 +1,214 @@
+"""Denoising in the latents of an autoencoder: every task at the photo's size, files that stand alone, and errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import factorkit
+from factorkit.cli.main import main
+from factorkit.data import draw_flowers
+from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
+from factorkit.segdiff.inference.segment import lift_masks
+from factorkit.segdiff.latents import LatentSpace, open_autoencoder
+from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.images import pixels_to_signed
+from tests.engine.trained import assert_identical, final_state
+
+SIZES = AutoencoderSizes(channels=(8, 8, 8), num_res_blocks=1, latent_channels=4, norm_groups=4, attention=True)
+RUN = {
+    **{"preset": "demo", "resolution": 32, "regions": 2, "model_channels": 8, "channel_mult": (1, 2)},
+    **{"norm_groups": 4, "batch_size": 4, "steps": 2, "device": "cpu", "progress": False},
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return draw_flowers(24, 32, seed=0)[0]
+
+
+def make_autoencoder():
+    torch.manual_seed(0)
+    return Autoencoder(SIZES)
+
+
+def write_format(folder, settings=None, **changes):
+    """Write a random autoencoder as diffusers does; ``changes`` are tensors, with dots as two underscores."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in make_autoencoder().state_dict().items()}
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "AutoencoderKL", "norm_num_groups": 4, "block_out_channels": [8, 8, 8], "act_fn": "silu"}
+    (folder / "config.json").write_text(json.dumps(config | (settings or {})))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, images):
+    """A latent run whose autoencoder is gone."""
+    folder = tmp_path_factory.mktemp("latents")
+    autoencoder = write_format(folder / "autoencoder")
+    run = factorkit.train_segdiff(images, out=folder / "run", latent=str(autoencoder), **RUN)
+    shutil.rmtree(autoencoder)
+    return run
+
+
+def test_latent_space_has_unit_latents_on_the_training_set(images):
+    space = LatentSpace(make_autoencoder())
+    space.measure(images, CPU)
+    latents = space.encode(pixels_to_signed(torch.from_numpy(images)))
+    assert latents.shape == (24, 4, 8, 8)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=2e-3, rtol=0)
+    stored = space.encode_all(images, True, CPU)
+    mirrored = space.encode(pixels_to_signed(torch.from_numpy(images)).flip(3))
+    torch.testing.assert_close(stored.float(), torch.stack([latents, mirrored], 1), atol=1e-2, rtol=1e-2)
+    decoded = space.autoencoder.decode(latents * space.deviation[:, None, None] + space.mean[:, None, None])
+    torch.testing.assert_close(space.decode(latents), decoded.clamp(-1, 1))
+
+
+def test_lift_masks_follows_the_image_and_sums_to_one(images):
+    signed = pixels_to_signed(torch.from_numpy(images[:2]))
+    masks = torch.rand(2, 3, 8, 8).softmax(1)
+    lifted = lift_masks(masks, signed)
+    assert lifted.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(lifted.sum(1), torch.ones(2, 32, 32))
+    assert lift_masks(lifted, signed) is lifted
+
+
+def test_latent_run_segments_generates_and_edits_at_the_size_of_the_photo(trained, images, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8))
+    segmented = trained.segment(photo)
+    assert segmented.labels.shape == (1, 50, 70)
+    torch.testing.assert_close(segmented.masks.sum(1), torch.ones(1, 50, 70))
+    drawn = trained.generate(2, steps=3, trajectory=True)
+    assert drawn.images.shape == drawn.trajectory[0].images.shape == (2, 3, 32, 32)
+    assert drawn.masks.shape == drawn.trajectory[0].masks.shape == (2, 2, 32, 32)
+    edited = trained.recompose(images[:1], 0, from_=images[1:2], steps=2)
+    assert ((edited.images - edited.originals).abs().amax(1) <= 1 - edited.kept + 1e-6).all()
+    between = trained.interpolate(images[:1], images[1:2], frames=3, steps=2)
+    assert between.images.shape == (1, 3, 3, 32, 32) and between.masks.shape == (1, 3, 2, 32, 32)
+    assert trained.branches(images[:2]).branches.shape == (2, 2, 3, 32, 32)
+
+
+def test_latent_run_exported_and_its_checkpoints_hold_the_autoencoder(trained, images, tmp_path):
+    labels = trained.segment(images[:2]).labels
+    exported = factorkit.load(trained.save(tmp_path / "model.safetensors"), device="cpu")
+    assert exported.segment(images[:2]).labels.equal(labels)
+    moved = shutil.copytree(trained.folder, tmp_path / "moved")
+    checkpoint = factorkit.load(moved / "checkpoints/step_00000002.safetensors", device="cpu")
+    assert checkpoint.segment(images[:2]).labels.equal(labels)
+    (moved / "autoencoder.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="there is no checkpoint at .*autoencoder.safetensors"):
+        factorkit.load(moved, device="cpu")
+
+
+def test_latent_run_resumed_without_its_autoencoder_is_bit_identical(tmp_path, images):
+    autoencoder = write_format(tmp_path / "autoencoder")
+    for out, steps in (("whole", 3), ("parts", 1)):
+        factorkit.train_segdiff(images, out=tmp_path / out, latent=str(autoencoder), **{**RUN, "steps": steps})
+    other = write_format(tmp_path / "other", encoder__conv_in__bias=torch.ones(8))
+    with pytest.raises(CheckpointError, match=r"autoencoder: '\w+' there, '\w+' requested"):
+        factorkit.train_segdiff(images, out=tmp_path / "parts", latent=str(other), **{**RUN, "steps": 3})
+    with pytest.raises(CheckpointError, match=r"autoencoder: '\w+' there, None requested"):
+        factorkit.train_segdiff(images, out=tmp_path / "parts", masks="network", **{**RUN, "steps": 3})
+    shutil.rmtree(autoencoder)
+    factorkit.train_segdiff(images, out=tmp_path / "parts", latent=str(autoencoder), **{**RUN, "steps": 3})
+    assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"regions": (2, 2)}, {"regions": 1}, {"backbone": "uvit", "patch_size": 2}])
+def test_latent_run_of_every_kind_trains_and_generates(tmp_path, images, changes):
+    autoencoder = write_format(tmp_path / "autoencoder")
+    settings = {**RUN, **changes}
+    if "backbone" in changes:
+        settings = {k: v for k, v in settings.items() if k != "channel_mult"} | {"depth": 3, "model_channels": 16}
+    run = factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(autoencoder), seed_trials=1, **settings)
+    assert run.generate(2, steps=2).images.shape == (2, 3, 32, 32)
+
+
+def test_open_autoencoder_reads_both_generations_of_names(tmp_path):
+    expected = make_autoencoder()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    changes = {}
+    for name, tensor in expected.state_dict().items():
+        for new, former in old.items():
+            if f".attentions.0.{new}." in name:
+                changes |= {name: None, name.replace(new, former): tensor.clone()}
+    assert len(changes) == 32
+    for folder in (write_format(tmp_path / "new"), write_format(tmp_path / "old", **changes)):
+        for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
+            assert_identical(open_autoencoder(path).state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "message"),
+    [
+        ({"_class_name": "VQModel"}, {}, r"is VQModel; latent= reads AutoencoderKL alone"),
+        ({}, {"quantize__embedding__weight": torch.ones(3, 3)}, r"with a codebook \(VQ\)"),
+        ({"act_fn": "relu"}, {}, r"act_fn='relu' in its config.json"),
+        ({"block_out_channels": [8, 8]}, {}, r"\(8, 8, 8\) channels, but its config.json says \(8, 8\)"),
+        ({"norm_num_groups": 3}, {}, r"3 groups of a norm do not divide 8 channels"),
+        ({}, {"decoder__conv_out__bias": None}, r"has no tensor decoder.conv_out.bias, of 1 that are missing"),
+        ({}, {"decoder__more": torch.ones(1)}, r"has a tensor decoder.more, of 1 that the format does not have"),
+        ({}, {"encoder__conv_in__weight": torch.ones(8, 1, 3, 3)}, r"conv_in.weight is \(8, 1, 3, 3\), and has to be"),
+    ],
+)
+def test_open_autoencoder_of_another_architecture_raises(tmp_path, settings, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_autoencoder(write_format(tmp_path / "other", settings, **changes))
+
+
+def test_open_autoencoder_other_files_raise(tmp_path, trained):
+    with pytest.raises(CheckpointError, match="gone'?: no such file or folder. Give the run folder"):
+        open_autoencoder(tmp_path / "gone")
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="no AutoencoderKL of images: it has no tensor .* its first are weight"):
+        open_autoencoder(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("text")
+    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
+        open_autoencoder(tmp_path / "text.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"does not hold one .safetensors file \(there: none\)"):
+        open_autoencoder(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="holds a 'segdiff' model, not autoencoder"):
+        open_autoencoder(trained.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 34}, r"resolution=34 must be divisible by 4, the factor of latent="),
+        ({"resolution": 16}, r"resolution=16 must be .* and at least 32"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, r"in latents of 8 pixels, .*cannot be halved 4 times"),
+        ({"masks": "auto"}, r"masks='auto' measures colours of pixels, not latents"),
+        ({"masks": "mixture"}, r"masks='mixture' measures colours of pixels, not latents"),
+        ({"latent_channels": 4}, r"are set by train_segdiff\(latent=...\)"),
+    ],
+)
+def test_train_latent_impossible_settings_raise(tmp_path, images, changes, message):
+    autoencoder = write_format(tmp_path / "autoencoder")
+    with pytest.raises(ConfigError, match=message):
+        factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(autoencoder), **{**RUN, **changes})
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
+    np.save(tmp_path / "images.npy", images[:2])
+    photos, run = str(tmp_path / "images.npy"), str(trained.folder)
+    for command in (
+        ["segment", run, photos, "--out", str(tmp_path / "segmented")],
+        ["generate", run, "-n", "2", "--steps", "2", "--out", str(tmp_path / "drawn")],
+        ["checkpoint", "export", run, "--out", str(tmp_path / "model.safetensors")],
+        ["train", "segdiff", "--latent", str(write_format(tmp_path / "ae")), "--resolution", "32", "--dry-run"],
+    ):
+        assert main(command) == 0, capsys.readouterr().err
