@@ -33,6 +33,7 @@ from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.pose_search import DictionarySearch
 from factorkit.nerfdiff.train import choose_capture_settings
 from factorkit.rendering import OccupancySampling, image_rays, intrinsics_from_fov, look_at, render
+from factorkit.utils.files import read_log
 
 RESULTS = Path(__file__).with_name("results") / "captures.json"
 RADIUS, FOV = 4.0, 35.0
@@ -158,7 +159,8 @@ def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
         training = Training(config, scene, Path(folder), {"scene": {}}, progress=False)
         fitted, duplication = DictionarySearch(training).run()
         seconds, poses = time.process_time() - start, fitted.poses().detach()
-        held_out = training.cross_fit("cross", poses, scene)
+        starts = [event["held_out_cross"] for event in read_log(Path(folder)) if event.get("event") == "starts"]
+        held_out = training.cross_fit("cross", poses, training.scene)  # with the focal length of the fit
     errors = pose_errors(poses, views.poses)
     return {
         "rotation_median_deg": errors.rotation_median_deg,
@@ -166,6 +168,7 @@ def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
         "mirrored": is_mirrored(poses, views.poses),
         "held_out_cross": held_out.cross,
         "held_out_nearest": held_out.nearest,
+        "starts": starts[0] if starts else {},
         "doubled": duplication,
         "optimize_camera": list(config.optimize_camera or ()),
         "ordered": config.ordered,
@@ -180,9 +183,10 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for key, r in results.items():
+        held_out = [f"{r[k]:.2f}" if k in r else "-" for k in ("held_out_cross", "held_out_nearest")]
         lines.append(
-            f"| {key} | {r['rotation_median_deg']:.1f} | {r['under_10_deg']:.0%} | {r['held_out_cross']:.2f} | "
-            f"{r['held_out_nearest']:.2f} | {r['processor_seconds']} |"
+            f"| {key} | {r['rotation_median_deg']:.1f} | {r['under_10_deg']:.0%} | {' | '.join(held_out)} | "
+            f"{r['processor_seconds']} |"
         )
     return "\n".join(lines)
 

@@ -200,6 +200,8 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
     folder, config = request.folder, _sfm_config(request.config)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
         requested = {**request.settings, **config.to_dict(), "scene": stored["scene"]}
+        if config.unbounded == "auto":
+            requested["unbounded"] = stored["unbounded"]
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
         place = locked(folder)
     else:
@@ -235,7 +237,7 @@ def _try_sfm(
         check = Training(config, scene, request.folder / SFM_FOLDER / "check", settings, request.progress)
         assert scene.initial_poses is not None
         cross = check.cross_fit("sfm", scene.initial_poses, scene).cross
-    limit = MAX_CROSS[scene.layout]
+    limit = MAX_CROSS["unbounded" if config.unbounded == "yes" else scene.layout]
     if cross <= limit:
         return found, Trial("sfm", cross)
     problem = f"a field fitted to half of the views leaves {cross:.2f} > {limit:g} of the variance of the others."

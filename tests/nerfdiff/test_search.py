@@ -44,7 +44,7 @@ def settings(tiny):
 def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
     tmp_path, photos, settings, monkeypatch, capsys
 ):
-    monkeypatch.setattr(search, "MAX_CROSS", {"object": np.inf, "forward": np.inf})  # the field has a few steps only
+    monkeypatch.setattr(search, "MAX_CROSS", dict.fromkeys(search.MAX_CROSS, np.inf))  # the field has a few steps only
     monkeypatch.setattr(unregistered, "MAX_ERROR_RATIO", np.inf)
     run = train_nerfdiff(photos, out=tmp_path / "run", **{**settings, "progress": True})
     assert run.config.search == "sfm"
@@ -70,7 +70,7 @@ def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
 def test_train_auto_wrong_structure_from_motion_is_followed_by_the_dictionary(
     tmp_path, photos, settings, monkeypatch, capsys
 ):
-    monkeypatch.setattr(search, "MAX_CROSS", {"object": 0.0, "forward": 0.0})
+    monkeypatch.setattr(search, "MAX_CROSS", dict.fromkeys(search.MAX_CROSS, 0.0))
     run = train_nerfdiff(photos, out=tmp_path / "run", **{**settings, "progress": True})
     assert run.config.search == "dictionary"
     text = capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_train_auto_rejected_dictionary_is_followed_by_structure_from_motion(
     tmp_path, photos, settings, monkeypatch, capsys, is_accepted
 ):
     monkeypatch.setattr(search, "MIN_SIDE", 1000)  # the dictionary is first
-    monkeypatch.setattr(search, "MAX_CROSS", dict.fromkeys(("object", "forward"), np.inf if is_accepted else 0.0))
+    monkeypatch.setattr(search, "MAX_CROSS", dict.fromkeys(search.MAX_CROSS, np.inf if is_accepted else 0.0))
     judge = lambda folder, name: Trial(name, 0.5, "not explained" if name == "dictionary" else "")  # noqa: E731
     monkeypatch.setattr(search, "judge_run", judge)
     train = partial(train_nerfdiff, photos, out=tmp_path / "run", **{**settings, "progress": True})

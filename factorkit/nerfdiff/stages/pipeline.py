@@ -197,7 +197,7 @@ class Training(StageTraining):
             return
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
-            checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            checks = held_out_checks(self.scene.layout, errors, noise, reason, model.field.unbounded)
             if self.scene.layout == "forward":
                 checks.append(forward_direction_check(model.views))
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
