@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Command, Device, Flag, OptionalInt, OptionalPath, Result
+from factorkit.cli.base import Command, Device, Flag, OptionalInt, OptionalPath, Result, report_interruption
 from factorkit.utils.errors import ConfigError, FactorkitError
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class App(Command):
     def execute(self) -> Result:
         gradio = import_gradio()
         from factorkit.cli.evaluate import judge_run
-        from factorkit.cli.train import report_interruption
         from factorkit.segdiff.app import load_or_train
         from factorkit.segdiff.inference.cutout_region import check_region
         from factorkit.segdiff.inference.segment import check_segment_settings

@@ -10,8 +10,8 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
-from factorkit.utils.errors import did_you_mean
+from factorkit.utils.errors import FactorkitError, did_you_mean
 
 #: The result of a command: data for JSON, and text for a terminal.
 Result = tuple[dict[str, Any], str]
@@ -273,3 +273,32 @@ def _plain_text(message: str) -> str:
         else:
             lines.append(" " * depth + inside.strip())
     return "\n ".join(lines).strip()
+
+
+class TrainingInterruptedError(FactorkitError):
+    """A training was stopped from outside. The message says what is saved."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def report_interruption(folder: Path) -> Iterator[None]:
+    """Turn the exceptions of Ctrl-C and SIGTERM, raised once a training has saved, into an error with a message."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        saved = f"a checkpoint is saved in {folder}; the same command resumes from it"
+        if not any(folder.rglob("step_*.safetensors")):
+            saved = "nothing was saved yet"
+        exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
+        raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds in a readable unit."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Command, Flag, OptionalInt, OptionalPath, Result
+from factorkit.cli.base import Command, Flag, OptionalInt, OptionalPath, Result, format_duration
 from factorkit.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ class Checkpoint(Command):
         return actions[self.action]()
 
     def _list(self) -> Result:
-        from factorkit.cli.train import format_duration
 
         data = [_describe(self.run, folder, path) for folder in self._folders() for path in folder.paths()]
         now = time.time()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from factorkit.cli.base import Command, OptionalPath, Result
+from factorkit.cli.base import Command, OptionalPath, Result, format_duration, report_interruption
 
 SEGMENTED_IMAGES, GENERATED_IMAGES = 8, 16
 
@@ -49,7 +49,6 @@ class Demo(Command):
     def _show_segdiff(self, out: Path) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
         from factorkit.cli.generate import write_generated
-        from factorkit.cli.train import format_duration, report_interruption
         from factorkit.data.datasets import make_procedural_dataset
         from factorkit.engine.config import cpu_threads
         from factorkit.segdiff.train import train_segdiff
@@ -87,7 +86,6 @@ class Demo(Command):
 
     def _show_nerfdiff(self, out: Path) -> Result:
         from factorkit.cli.evaluate import format_pose_scores, judge_run
-        from factorkit.cli.train import format_duration, report_interruption
         from factorkit.data.procedural.scene import make_procedural_views
         from factorkit.nerfdiff.export.frames import write_frames
         from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Command, Device, Flag, OptionalInt, OptionalPath, Result
+from factorkit.cli.base import Command, Device, Flag, OptionalInt, OptionalPath, Result, report_interruption
 from factorkit.cli.data import parse_holdout
 from factorkit.utils.errors import ConfigError
 
@@ -65,7 +65,6 @@ class Reproduce(Command):
             return _list_experiments()
         if self.name is None:
             raise ConfigError("nothing to reproduce: give a table or figure, or --list to see them all")
-        from factorkit.cli.train import report_interruption
         from factorkit.reproduce import reproduce
 
         changes: dict[str, Any] = {} if self.backbone is None else {"backbone": self.backbone}

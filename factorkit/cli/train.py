@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,9 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Command, Device, Flag, OptionalFloat, OptionalName, OptionalPath, Result
+from factorkit.cli.base import (
+    Command,
+    Device,
+    Flag,
+    OptionalFloat,
+    OptionalName,
+    OptionalPath,
+    Result,
+    format_duration,
+    report_interruption,
+)
 from factorkit.cli.data import parse_holdout
-from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean, format_count
+from factorkit.utils.errors import ConfigError, did_you_mean, format_count
 
 if TYPE_CHECKING:
     from factorkit.engine.config import EngineConfig
@@ -388,32 +397,3 @@ def _preset_name(options: Any, default: str) -> str:
 def _settings(options: Any, config: type[EngineConfig]) -> dict[str, Any]:
     """The options that are settings of ``config``."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
-
-
-class TrainingInterruptedError(FactorkitError):
-    """A training was stopped from outside. The message says what is saved."""
-
-    def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@contextlib.contextmanager
-def report_interruption(folder: Path) -> Iterator[None]:
-    """Turn the exceptions of Ctrl-C and SIGTERM, raised once a training has saved, into an error with a message."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        saved = f"a checkpoint is saved in {folder}; the same command resumes from it"
-        if not any(folder.rglob("step_*.safetensors")):
-            saved = "nothing was saved yet"
-        exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
-        raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds in a readable unit."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -21,7 +21,7 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.cuda_graph import WARM_UP
 from factorkit.engine.previews import Preview, Previews, evaluation
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.engine.state import CheckpointManager, TrainingState
 from factorkit.engine.step import NON_FINITE_LIMIT, Meter, Task, TrainingStep
 from factorkit.utils import distributed

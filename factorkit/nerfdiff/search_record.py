@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from factorkit.engine.run_folder import CONFIG, RunLog, read_object, read_settings, write_json
+from factorkit.engine.run_folder import CONFIG, read_object, read_settings, write_json
+from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import judged_alarms

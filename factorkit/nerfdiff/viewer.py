@@ -20,7 +20,8 @@ from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.rays import CameraModel, limit_depth, render_views
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import MAX_DIRECTION_Z, image_rays
-from factorkit.rendering.render import Field, Sampling, render
+from factorkit.rendering.render import Field, render
+from factorkit.rendering.sampling import Sampling
 from factorkit.report.image_grid import palette
 from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.images import images_to_pixels, unit_to_uint8

@@ -13,7 +13,8 @@ from factorkit.rendering.cameras import (
     uncontract,
 )
 from factorkit.rendering.occupancy import OccupancyGrid
-from factorkit.rendering.render import OccupancySampling, Rendered, Sampling, UnboundedSampling, UniformSampling, render
+from factorkit.rendering.render import Rendered, render
+from factorkit.rendering.sampling import OccupancySampling, Sampling, UnboundedSampling, UniformSampling
 
 __all__ = [
     "OccupancyGrid",

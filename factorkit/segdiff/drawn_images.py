@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.metrics.frechet import frechet_distance, precision_recall, random_features
 from factorkit.report.content import Check, judged_alarms, log_checks
 from factorkit.segdiff.alarms import MIN_JUDGED_STEPS

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.engine.step import StepLoss, Task
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.config import ResolvedSegdiffConfig

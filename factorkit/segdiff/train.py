@@ -19,7 +19,8 @@ from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
-from factorkit.engine.run_folder import CONFIG, RunLog, claimed, copy_folder, read_object, read_settings, write_json
+from factorkit.engine.run_folder import CONFIG, claimed, copy_folder, read_object, read_settings, write_json
+from factorkit.engine.run_log import RunLog
 from factorkit.engine.trainer import Trainer
 from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms

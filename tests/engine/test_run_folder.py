@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.engine.run_folder import RunLog, claimed, copy_folder, locked, read_object, read_settings, write_json
+from factorkit.engine.run_folder import claimed, copy_folder, locked, read_object, read_settings, write_json
+from factorkit.engine.run_log import RunLog
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.files import read_log
 

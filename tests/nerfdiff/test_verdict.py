@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.verdict import REPORT, write_report
 from factorkit.report.html import read_verdict
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorkit.rendering import Rays, UnboundedSampling, contract, render, uncontract
-from factorkit.rendering.render import FAR_FACTOR, RADIUS
+from factorkit.rendering.sampling import FAR_FACTOR, RADIUS
 
 
 def points(count=200, scale=1.0, seed=0):

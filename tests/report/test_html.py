@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.report.curves import DARK, LIGHT, draw_curves
 from factorkit.segdiff.verdict import REPORT, write_report
 from factorkit.utils.errors import CheckpointError

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.report.content import Check, log_checks
 from factorkit.reproduce import experiments, reproduce
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Citation, Column, Experiment, Row, percent

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from factorkit.data import draw_flowers
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.report.content import Check, judged_alarms
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,

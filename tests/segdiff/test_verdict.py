@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.report.content import Check, log_checks, summarise_checks
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.drawn_images import DRAWN_IMAGES

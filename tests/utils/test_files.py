@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.utils import files
 from factorkit.utils.files import (
     UNFINISHED,

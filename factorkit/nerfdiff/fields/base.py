@@ -13,7 +13,8 @@ from factorkit import ops
 from factorkit.rendering.cameras import contract
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field as RenderedField
-from factorkit.rendering.render import OccupancySampling, Rendered, Sampling, UnboundedSampling
+from factorkit.rendering.render import Rendered
+from factorkit.rendering.sampling import OccupancySampling, Sampling, UnboundedSampling
 from factorkit.utils.errors import ConfigError
 
 BACKGROUNDS = ("given", "learned", "field")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine.run_folder import RunLog
+from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.alarms import duplication_check, silhouette_check, silhouette_offset
 from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model

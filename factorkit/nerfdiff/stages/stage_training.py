@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from factorkit.engine.run_folder import RunLog, copy_folder
+from factorkit.engine.run_folder import copy_folder
+from factorkit.engine.run_log import RunLog
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import NerfdiffConfig
