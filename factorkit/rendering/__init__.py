@@ -14,14 +14,13 @@ from factorkit.rendering.cameras import (
 )
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Rendered, render
-from factorkit.rendering.sampling import OccupancySampling, Sampling, UnboundedSampling, UniformSampling
+from factorkit.rendering.sampling import OccupancySampling, UnboundedSampling, UniformSampling
 
 __all__ = [
     "OccupancyGrid",
     "OccupancySampling",
     "Rays",
     "Rendered",
-    "Sampling",
     "UnboundedSampling",
     "UniformSampling",
     "contract",
