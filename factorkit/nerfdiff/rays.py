@@ -13,7 +13,6 @@ from factorkit.rendering import (
     OccupancySampling,
     Rays,
     Rendered,
-    Sampling,
     UnboundedSampling,
     UniformSampling,
     from_ndc,
@@ -22,6 +21,7 @@ from factorkit.rendering import (
     pixel_rays,
     render,
 )
+from factorkit.rendering.sampling import Sampling
 from factorkit.utils.errors import ConfigError
 
 NDC_MARGIN = 1.3  # lateral size of a forward-facing scene's box, relative to the mean camera's view
