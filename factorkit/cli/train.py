@@ -81,7 +81,7 @@ class TrainSegdiff(Command):
     """Also score trivial predictors at the end, if there are labels."""
 
     PROCESSES = "all"
-    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "latent", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
