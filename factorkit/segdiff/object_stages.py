@@ -1,7 +1,8 @@
 """The stages that find objects before a run trains: spatial mixture, shapes, mask network.
 
 1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`),
-   and another without the cue (`stages/mixture_without_cue`). The cue is used if it explains enough.
+   and another without the cue (`stages/mixture_without_cue`). The cue is used if it explains enough. A third one, of
+   two regions in place of three or the reverse (`stages/mixture_of_other_regions`), shows which number suits better.
 2. Its masks of the clean images give the shapes of the set, and these the teacher's masks; nothing is trained.
 3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
 4. Its masks of the clean images, with place and cue, give the shapes that segmenting uses.
@@ -59,6 +60,8 @@ TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is u
 # The cue is used if it explains so much of the noise that the mixture leaves unexplained without it (docs/results.md).
 MIN_CUE_GAIN = 0.015
 MIN_CUE_IMAGES, MAX_CUE_IMAGES = 16, 200  # of the training set that decide; with fewer the cue is used
+# Three regions suit the images if the third explains so much of the noise that two leave (docs/results.md).
+MIN_REGION_GAIN = 0.03
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -161,6 +164,7 @@ class ObjectStages:
         masks = ObjectMasks(config.num_leaf_regions, config.resolution)
         masks.mixture, weight = self.train_mixtures(masks.mixture)
         masks.cue_weight.fill_(weight)
+        self.compare_regions(masks.mixture, weight)
         masks.network = self.train_network(masks.network, masks.mixture, weight)
         masks = masks.to(self.device).eval().requires_grad_(False)
 
@@ -202,12 +206,10 @@ class ObjectStages:
             weight = 1.0 if weight is None else weight
             self.log_weight(weight, reason)
             return self.train_mixture("mixture", start, weight), weight
-        images, cues = (values[:: max(1, len(self.images) // MAX_CUE_IMAGES)] for values in self.small_images)
         mixtures, errors = [], []
         for name, weight in (("mixture_without_cue", 0.0), ("mixture", 1.0)):
-            mixture = self.train_mixture(name, copy.deepcopy(start), weight).to(self.device)
-            mixtures.append(mixture)
-            errors.append(unexplained_noise(mixture, images, self.schedule, weight * cues))
+            mixtures.append(self.train_mixture(name, copy.deepcopy(start), weight))
+            errors.append(self.measure_error(mixtures[-1], weight))
         gain = 1 - errors[1] / errors[0]
         use = int(gain >= MIN_CUE_GAIN)
         self.log_weight(use, f"the cue explains {gain:.2%} of the unexplained noise, the limit is {MIN_CUE_GAIN:.1%}")
@@ -216,10 +218,31 @@ class ObjectStages:
     def log_weight(self, weight: float, reason: str) -> None:
         """Log the weight of the cue and its reason, once."""
         if not (self.folder / "stages" / "distil").exists():
-            self.log(
-                f"object masks with cue_weight={weight:g}: {reason}; "
-                f"whether another number than regions={self.config.num_leaf_regions} suits the images was not checked"
-            )
+            self.log(f"object masks with cue_weight={weight:g}: {reason}")
+
+    def measure_error(self, mixture: SpatialMixture, weight: float) -> float:
+        """Return the noise that a mixture, whose cue has this weight, leaves unexplained in some of the images."""
+        images, cues = (values[:: max(1, len(self.images) // MAX_CUE_IMAGES)] for values in self.small_images)
+        return unexplained_noise(mixture.to(self.device), images, self.schedule, weight * cues)
+
+    def compare_regions(self, mixture: SpatialMixture, weight: float) -> None:
+        """Log whether two regions or three suit the images, once; the number stays as configured."""
+        regions = self.config.num_leaf_regions
+        if (self.folder / "stages" / "distil").exists():
+            return
+        if regions not in (2, 3) or len(self.images) < MIN_CUE_IMAGES:
+            reason = f"with fewer than {MIN_CUE_IMAGES} images" if regions in (2, 3) else "beyond 2 and 3"
+            self.log(f"whether another number than regions={regions} suits the images was not checked {reason}")
+            return
+        other = self.train_mixture("mixture_of_other_regions", SpatialMixture(5 - regions, object_first=True), weight)
+        errors = {regions: self.measure_error(mixture, weight), 5 - regions: self.measure_error(other, weight)}
+        gain = 1 - errors[3] / errors[2]
+        suited = 3 if gain >= MIN_REGION_GAIN else 2
+        advice = "as configured" if suited == regions else f"try regions={suited} in another out="
+        self.log(
+            f"a third region explains {gain:.1%} of the unexplained noise, the limit is {MIN_REGION_GAIN:.1%}: "
+            f"{suited} regions suit the images, {advice}"
+        )
 
     def train_mixture(self, name: str, mixture: SpatialMixture, weight: float) -> SpatialMixture:
         """Train a spatial mixture whose cue has this weight on small copies of the images."""

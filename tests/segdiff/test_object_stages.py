@@ -205,6 +205,32 @@ def test_train_mixtures_uses_the_cue_where_it_explains_enough(
     assert event["message"].startswith(f"object masks with cue_weight={weight:g}: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("count", "regions", "errors", "message"),
+    [
+        (
+            16,
+            3,
+            {3: 0.1942, 2: 0.2},
+            "explains 3.4% of the unexplained noise, the limit is 3.5%: 2 regions suit the images, try",
+        ),
+        (16, 2, {3: 0.1942, 2: 0.2}, "2 regions suit the images, as configured"),
+        (16, 2, {3: 0.1938, 2: 0.2}, "3 regions suit the images, try regions=3"),
+        (15, 3, None, "another number than regions=3 suits the images was not checked with fewer than 16 images"),
+        (16, 4, None, "another number than regions=4 suits the images was not checked beyond 2 and 3"),
+    ],
+)
+def test_compare_regions_says_which_number_suits_the_images(tmp_path, monkeypatch, count, regions, errors, message):
+    config = preset_config("demo", **TINY | {"regions": regions}).resolved()
+    monkeypatch.setattr(ObjectStages, "train_mixture", lambda self, name, mixture, weight: mixture)
+    monkeypatch.setattr(
+        ObjectStages, "measure_error", lambda self, mixture, weight: errors[mixture.prior_logits.shape[0]]
+    )
+    stages = ObjectStages(config, draw_flowers(count, 16, seed=0)[0], tmp_path, {}, torch.device("cpu"), False)
+    stages.compare_regions(SpatialMixture(regions, object_first=True), 1.0)
+    assert message in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["message"]
+
+
 @pytest.mark.slow
 def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatch):
     images = draw_flowers(24, 16, seed=0)[0]
