@@ -1,4 +1,8 @@
-"""A KL-regularised autoencoder of images (Rombach et al. 2022), with the tensor names of diffusers' AutoencoderKL."""
+"""A KL-regularised autoencoder of images (Rombach et al. 2022), with the tensor names of diffusers' AutoencoderKL.
+
+Those trained here add shortcuts without weights, as those of Chen et al. (2024, DC-AE): the latents start as the image
+made small and the output as that copy enlarged, and the network learns what they lack.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from factorkit.utils.errors import DataError
 IMAGE_CHANNELS = 3
 EPS = 1e-6  # of the format's norms
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # of a latent
+FIRST_LOG_VARIANCE = -6.0  # of latents with shortcuts: noise of .05, where images are in [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,7 @@ class AutoencoderSizes:
         attention: whether the middle of encoder and decoder has self-attention.
         quant_conv: whether a 1x1 convolution follows the encoder.
         post_quant_conv: whether a 1x1 convolution precedes the decoder.
+        shortcuts: whether the first three latents and the output are residuals; that takes three latent channels.
     """
 
     channels: tuple[int, ...]
@@ -38,6 +44,7 @@ class AutoencoderSizes:
     attention: bool = False
     quant_conv: bool = True
     post_quant_conv: bool = True
+    shortcuts: bool = False
 
     @property
     def downsample(self) -> int:
@@ -81,6 +88,10 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = _Encoder(sizes), _Decoder(sizes)
         self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1) if sizes.quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if sizes.post_quant_conv else None
+        if sizes.shortcuts:
+            zero_init(self.decoder.conv_out)
+            last = zero_init(self.encoder.conv_out if self.quant_conv is None else self.quant_conv)
+            last.get_parameter("bias").data[latents:] = FIRST_LOG_VARIANCE
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return images decoded from latents drawn with ``noise`` [B, C, h, w], and the latents' mean, log variance."""
@@ -99,12 +110,27 @@ class Autoencoder(nn.Module):
         moments = self.encoder(images)
         moments = moments if self.quant_conv is None else self.quant_conv(moments)
         mean, log_variance = moments.float().chunk(2, 1)
+        if self.sizes.shortcuts:
+            mean = mean + F.pad(small_copy(images, factor), (0, 0, 0, 0, 0, mean.shape[1] - IMAGE_CHANNELS))
         return mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images, not clipped."""
-        latents = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        return self.decoder(latents).float()
+        hidden = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        images = self.decoder(hidden).float()
+        if self.sizes.shortcuts:
+            images = images + enlarge_copy(latents[:, :IMAGE_CHANNELS].float(), self.sizes.downsample)
+        return images
+
+
+def small_copy(images: Tensor, factor: int) -> Tensor:
+    """Return images [B, 3, H, W] averaged over squares of ``factor`` pixels."""
+    return F.avg_pool2d(images, factor)
+
+
+def enlarge_copy(images: Tensor, factor: int) -> Tensor:
+    """Return images [B, 3, h, w] interpolated to sides ``factor`` times as long."""
+    return F.interpolate(images, scale_factor=float(factor), mode="bicubic", align_corners=False)
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.data.open import read_squares
@@ -20,7 +19,14 @@ from factorkit.engine.run_folder import TrainedRun, claimed, load_trained, selec
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.metrics.image import psnr
-from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes, kl_divergence
+from factorkit.nn.autoencoder import (
+    IMAGE_CHANNELS,
+    Autoencoder,
+    AutoencoderSizes,
+    enlarge_copy,
+    kl_divergence,
+    small_copy,
+)
 from factorkit.report import html
 from factorkit.report.content import (
     Check,
@@ -140,6 +146,7 @@ class AutoencoderConfig(EngineConfig):
             num_res_blocks=self.num_res_blocks,
             latent_channels=self.latent_channels,
             norm_groups=self.norm_groups,
+            shortcuts=self.latent_channels >= IMAGE_CHANNELS,
         )
 
     def counts(self) -> dict[str, int]:
@@ -210,8 +217,7 @@ def round_trip(model: Autoencoder, images: Tensor) -> Tensor:
 
 def shrink(images: Tensor, factor: int) -> Tensor:
     """Return images [B, 3, H, W] averaged over squares of ``factor`` pixels, and interpolated back."""
-    small = F.avg_pool2d(images, factor)
-    return F.interpolate(small, size=images.shape[2:], mode="bicubic", align_corners=False).clamp(-1, 1)
+    return enlarge_copy(small_copy(images, factor), factor).clamp(-1, 1)
 
 
 def measure_psnr(images: Tensor, photos: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes, kl_divergence
+from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes, enlarge_copy, kl_divergence, small_copy
 from factorkit.utils.errors import DataError
 
 SIZES = AutoencoderSizes(channels=(4, 8, 8), num_res_blocks=2, latent_channels=3, norm_groups=2)
@@ -57,3 +57,16 @@ def test_names_of_tensors_are_those_of_diffusers():
 def test_encode_sides_that_the_factor_does_not_divide_raise():
     with pytest.raises(DataError, match=r"images of 10 x 8 pixels: both sides must be divisible by 4"):
         Autoencoder(SIZES).encode(torch.zeros(1, 3, 8, 10))
+
+
+@pytest.mark.parametrize("quant_conv", [False, True])
+def test_shortcuts_of_an_untrained_autoencoder_give_the_small_copy_and_that_copy_enlarged(quant_conv):
+    sizes = AutoencoderSizes(**{**vars(SIZES), "latent_channels": 4, "shortcuts": True, "quant_conv": quant_conv})
+    images = torch.rand(2, 3, 8, 12)
+    model, small = Autoencoder(sizes), small_copy(images, 4)
+    mean, log_variance = model.encode(images)
+    torch.testing.assert_close(mean, torch.cat([small, torch.zeros(2, 1, 2, 3)], 1))
+    assert log_variance.unique().tolist() == [-6.0]
+    torch.testing.assert_close(model.decode(mean), enlarge_copy(small, 4))
+    model.decode(mean + torch.randn_like(mean)).square().sum().backward()
+    assert model.decoder.conv_out.weight.grad.abs().max() > 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
-from factorkit.segdiff import train
+from factorkit.segdiff import train, training_images
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
@@ -87,8 +87,8 @@ def photos(tmp_path) -> Path:
 @pytest.mark.slow
 def test_train_without_data_uses_procedural_flowers_and_scores(monkeypatch):
     make_small_dataset = lambda resolution, nested: real(resolution, train=20, test=6, nested=nested)  # noqa: E731
-    real = train.make_procedural_dataset
-    monkeypatch.setattr(train, "make_procedural_dataset", make_small_dataset)
+    real = training_images.make_procedural_dataset
+    monkeypatch.setattr(training_images, "make_procedural_dataset", make_small_dataset)
     run = train_tiny(out="out")
     assert (run.config.resolution, run.step, run.folder) == (8, 4, Path("out"))
     settings = json.loads(Path("out/config.json").read_text())
