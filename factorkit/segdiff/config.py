@@ -11,8 +11,9 @@ import torch
 from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.schedule import Schedule, check_objective
-from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.ops.norm_pytorch import NORMS
+from factorkit.segdiff import stored_settings as stored_settings  # registers the names of stored runs
 from factorkit.segdiff.backbones import BACKBONES, Backbone, make_backbone
 from factorkit.segdiff.hierarchy import HierarchicalDenoiser, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedDenoiser, check_architecture
@@ -170,10 +171,8 @@ class SegdiffConfig(EngineConfig):
         if self.masks is not None or self.form == "thesis" or self.num_leaf_regions == 1:
             return self.masks or "network", ""
         if len(self.nesting) > 1:
-            return (
-                "network",
-                f'masks="network": regions={self.nesting} split regions, and masks="auto" whole images only',
-            )
+            note = f'masks="network": regions={self.nesting} split regions, and masks="auto" whole images only'
+            return "network", note
         if self.latent_channels:
             return "network", 'masks="network": masks="auto" measures pixels, and latent= is given'
         network_settings = ("normalised_logits", "half_resolution_masks", "mask_learning_rate")
@@ -343,9 +342,8 @@ class ResolvedSegdiffConfig(SegdiffConfig):
         except ConfigError as error:
             if not self.latent_channels:
                 raise
-            raise ConfigError(
-                f"in latents of {self.side} pixels, {self.latent_factor} times smaller: {error}"
-            ) from error
+            place = f"in latents of {self.side} pixels, {self.latent_factor} times smaller"
+            raise ConfigError(f"{place}: {error}") from error
 
     @property
     def size_multiple(self) -> int:
@@ -400,31 +398,3 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
     if preset and backbone in ARCHITECTURES and backbone != usual:
         settings = {k: v for k, v in settings.items() if k not in ARCHITECTURES[usual]} | ARCHITECTURES[backbone]
     return SegdiffConfig.from_dict({**settings, **changes})
-
-
-# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
-_STORED_AS = ("segdiff", "choose_regions", "places", "supervised")
-register_renamed_settings(
-    _STORED_AS,
-    names={
-        "width": "model_channels",
-        "multipliers": "channel_mult",
-        "blocks": "num_res_blocks",
-        "attention": "attention_resolutions",
-        "heads": "num_heads",
-        "groups": "norm_groups",
-        "mirror": "random_flip",
-        "tail": "high_noise_fraction",
-        "fit": "num_fit_images",
-        "seeds": "seed_trials",
-    },
-    values={("masks", "competition"): "mixture"},
-    added={"masks": "network", "backbone": "unet", "latent_channels": 0, "latent_factor": 1},
-    unread={"cue_weight": ("masks", "auto")},
-    tensors={
-        "mask_generator": "masks.decoder",
-        "logit_norm": "masks.norm",
-        "competition.place": "masks.prior_logits",
-        "place": "prior_logits",
-    },
-)
