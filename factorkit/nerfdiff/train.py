@@ -259,7 +259,7 @@ def choose_capture_settings(
     if ordered == "auto":
         ordered = "yes" if searched and find_order(scene) is not None else "no"
     if config.unbounded == "auto" and "scene" in stored:
-        config = dataclasses.replace(config, unbounded=stored["unbounded"])
+        config = dataclasses.replace(config, unbounded=stored.get("unbounded", "no"))
     unbounded = choose_unbounded(config, scene)
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
