@@ -30,7 +30,7 @@ from factorkit.rendering import orbit
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
     "dictionary": ({"finetune_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
-    "ordered": ({"ordered": "yes"}, ["start search", "start right 25", "start right 25 half b", "refine"]),
+    "ordered": ({"ordered": "yes"}, ["start right 25", "start right 25 half b", "start search", "refine"]),
     "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
