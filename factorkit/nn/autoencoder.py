@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,7 @@ class AutoencoderSizes:
             attention=_count(shapes, "encoder.mid_block.attentions") > 0,
             quant_conv="quant_conv.weight" in shapes,
             post_quant_conv="post_quant_conv.weight" in shapes,
+            shortcuts="shortcuts" in shapes,
         )
 
 
@@ -89,6 +91,7 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1) if sizes.quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if sizes.post_quant_conv else None
         if sizes.shortcuts:
+            self.register_buffer("shortcuts", torch.ones(()))  # marks stored weights that need them
             zero_init(self.decoder.conv_out)
             last = zero_init(self.encoder.conv_out if self.quant_conv is None else self.quant_conv)
             last.get_parameter("bias").data[latents:] = FIRST_LOG_VARIANCE

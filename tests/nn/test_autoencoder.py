@@ -64,6 +64,7 @@ def test_shortcuts_of_an_untrained_autoencoder_give_the_small_copy_and_that_copy
     sizes = AutoencoderSizes(**{**vars(SIZES), "latent_channels": 4, "shortcuts": True, "quant_conv": quant_conv})
     images = torch.rand(2, 3, 8, 12)
     model, small = Autoencoder(sizes), small_copy(images, 4)
+    assert AutoencoderSizes.from_shapes({k: v.shape for k, v in model.state_dict().items()}, 2) == sizes
     mean, log_variance = model.encode(images)
     torch.testing.assert_close(mean, torch.cat([small, torch.zeros(2, 1, 2, 3)], 1))
     assert log_variance.unique().tolist() == [-6.0]

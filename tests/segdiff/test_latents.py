@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +214,11 @@ def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
         ["train", "segdiff", "--latent", str(write_format(tmp_path / "ae")), "--resolution", "32", "--dry-run"],
     ):
         assert main(command) == 0, capsys.readouterr().err
+
+
+def test_space_of_its_tensors_keeps_the_shortcuts_of_the_autoencoder():
+    space = LatentSpace(Autoencoder(replace(SIZES, shortcuts=True)))
+    images = torch.rand(1, 3, 16, 16)
+    loaded = LatentSpace.from_tensors(Path("run"), space.tensors())
+    assert loaded.encode(images).equal(space.encode(images)) and loaded.encode(images).abs().max() > 0
+    assert loaded.decode(space.encode(images)).equal(space.decode(space.encode(images)))
