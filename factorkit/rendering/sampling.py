@@ -99,9 +99,7 @@ class UniformSampling:
 NEAR_SHARE = 0.05  # of a camera's distance from the centre, before which nothing is sampled
 RADIUS = 1.25  # of the ball around the centre, in which steps have one length
 FAR_FACTOR = 64.0  # of the far end of that ball, where the last step ends
-SEGMENT_ENDS = (0.125, 0.75, 1.0)  # of the steps: before the ball, within it, and beyond
-
-
+SEGMENT_ENDS = (0.125, 0.75)  # of the steps: before the ball, and within it; the rest are beyond
 EVEN_SHARE = 0.2  # of the steps that the second pass spreads like the first, so that new surfaces are found
 
 
@@ -148,7 +146,7 @@ class UnboundedSampling:
         near = NEAR_SHARE * distance
         start, end = torch.maximum(distance - RADIUS, 2 * near), distance + RADIUS
         unit = _unit_edges(distance[:, 0], self.num_samples, seed, first_ray)
-        first, second, _ = SEGMENT_ENDS
+        first, second = SEGMENT_ENDS
         before = near + (start - near) * (unit / first)
         within = start + (end - start) * ((unit - first) / (second - first))
         beyond = end / (1 - (1 - 1 / FAR_FACTOR) * ((unit - second) / (1 - second)).clamp(0, 1))
