@@ -27,11 +27,11 @@ from factorkit.utils.errors import FactorkitError
 RESULTS = Path(__file__).with_name("results") / "fuzz_layouts.json"
 SIZE, COUNT = 48, 6  # pixels a side, photos of a set
 MIN_AGREEMENT = 0.97  # share of scored pixels whose foreground must be the true one: edges of soft masks may differ
-FOLDERS = (
-    ("images", "masks"), ("imgs", "masks"), ("Images", "Masks"), ("image", "mask"), ("img_dir", "ann_dir"),
-    ("images", "labels"), ("img", "gt"), ("JPEGImages", "SegmentationClass"), ("photos", "segmentation"), ("", ""),
-    ("images", "annotations/trimaps"), ("pictures", "foo"), ("a", "b"), ("", "masks"), ("holiday", "masks"),
-)  # fmt: skip
+PAIRS = (
+    "images:masks imgs:masks Images:Masks image:mask img_dir:ann_dir images:labels img:gt JPEGImages:SegmentationClass "
+    "photos:segmentation : images:annotations/trimaps pictures:foo a:b :masks holiday:masks"
+)
+FOLDERS = tuple(tuple(pair.split(":")) for pair in PAIRS.split())
 ENDINGS = ("{}", "{}", "{}_mask", "{}_seg", "{}_gt", "{}_segmentation", "{}-mask", "mask_{}", "{}.jpg", "{}_xyz")
 JUNK = ("__MACOSX", ".ipynb_checkpoints", "@eaDir")
 

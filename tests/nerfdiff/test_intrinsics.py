@@ -67,8 +67,9 @@ def test_scene_fit_renders_each_view_by_its_own_intrinsics(views):
     rows, pixels = torch.tensor([0, 5]), torch.arange(144).expand(2, -1)
     color = model(rows, pixels, 0).color
     assert (color - gather_pixels(views.images[rows], pixels)).square().mean() < 0.01
-    own = [render_views(make_scene_field(), views.poses[i], camera, (12, 12), 64, intrinsics=k).color.flatten(0, 1)
-           for i, k in zip(rows, camera.of_views(rows), strict=True)]  # fmt: skip
+    pairs = zip(views.poses[rows], camera.of_views(rows), strict=True)
+    field, size = make_scene_field(), (12, 12)
+    own = [render_views(field, pose, camera, size, 64, intrinsics=k).color.flatten(0, 1) for pose, k in pairs]
     assert (color - torch.stack(own)).square().mean() < 0.003
     one = SceneFit(make_scene_field(), FreePoses(views.poses), replace(camera, view_intrinsics=None), (12, 12), 32)
     assert (one(rows, pixels, 0).color[0] - gather_pixels(views.images[rows], pixels)[0]).square().mean() > 0.02

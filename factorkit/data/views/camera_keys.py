@@ -31,11 +31,11 @@ FISHEYE_MODELS = ("OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE")
 CAMERA_MODELS = (*PINHOLE_MODELS, *BROWN_MODELS, *FISHEYE_MODELS)
 FOCAL_KEYS = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y", "x_fov", "y_fov")
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
-READ_KEYS = {
-    *FOCAL_KEYS, *DISTORTION_KEYS, "cx", "cy", "w", "h", "camera_model", "is_fisheye", "frames", "file_path",
-    "transform_matrix", "mask_path", "train_filenames", "val_filenames", "test_filenames", "test_frames",
-    "split",
-}  # fmt: skip
+OTHER_KEYS = (
+    "cx cy w h camera_model is_fisheye frames file_path transform_matrix mask_path train_filenames val_filenames "
+    "test_filenames test_frames split"
+)
+READ_KEYS = {*FOCAL_KEYS, *DISTORTION_KEYS, *OTHER_KEYS.split()}
 # Keys that change the geometry in a way that is not modelled: refused unless they have this neutral value.
 REFUSED_KEYS = {
     "distortion_params": "a lens of other terms",
@@ -43,28 +43,23 @@ REFUSED_KEYS = {
     "latlong": "a panorama",
     "equirectangular": "a panorama",
     "orthographic": "a camera without perspective",
-    "ftheta_p0": "an f-theta lens",
-    "ftheta_p1": "an f-theta lens",
-    "ftheta_p2": "an f-theta lens",
-    "ftheta_p3": "an f-theta lens",
-    "ftheta_p4": "an f-theta lens",
+    **{f"ftheta_p{i}": "an f-theta lens" for i in range(5)},
     "rolling_shutter": "a rolling shutter",
     "shift_x": "a shifted lens",
     "shift_y": "a shifted lens",
     "fisheye_crop_radius": "a crop of the fisheye image",
     "transform_matrix_start": "a camera that moves during the exposure",
     "transform_matrix_end": "a camera that moves during the exposure",
-    "s1": "a thin-prism lens", "s2": "a thin-prism lens", "s3": "a thin-prism lens", "s4": "a thin-prism lens",
-    "sx1": "a thin-prism lens", "sy1": "a thin-prism lens",
-}  # fmt: skip
+    **dict.fromkeys(("s1", "s2", "s3", "s4", "sx1", "sy1"), "a thin-prism lens"),
+}
 # Intrinsics as other programs write them.
 MATRIX_KEYS = ("K", "intrinsics", "intrinsic", "intrinsic_matrix", "camera_intrinsics")
 SYNONYMS = {"fx": "fl_x", "fy": "fl_y", "width": "w", "height": "h"}
 # World axes and scale are those of the file's matrices, whatever a program derives from these keys.
 WORLD_KEYS = (
-    "applied_transform", "applied_scale", "orientation_override", "auto_scale_poses_override", "offset", "scale",
-    "aabb", "aabb_scale", "render_aabb", "up", "from_na", "scene_box",
-)  # fmt: skip
+    "applied_transform applied_scale orientation_override auto_scale_poses_override offset scale aabb aabb_scale "
+    "render_aabb up from_na scene_box"
+).split()
 
 
 def merge_settings(content: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, Any]:

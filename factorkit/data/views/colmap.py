@@ -29,14 +29,21 @@ from factorkit.utils.errors import DataError, format_count
 
 MODEL_FOLDERS = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where a scene's model may be
 # Beside or above the model.
-IMAGE_FOLDERS = (
-    "images", "images_factorkit", "images_2", "images_4", "images_8", "image", "imgs", "input", "rgb", ".",
-)  # fmt: skip
+IMAGE_FOLDERS = tuple("images images_factorkit images_2 images_4 images_8 image imgs input rgb .".split())
 # Models by COLMAP's number, with their number of parameters.
-CAMERA_MODELS = (
-    ("SIMPLE_PINHOLE", 3), ("PINHOLE", 4), ("SIMPLE_RADIAL", 4), ("RADIAL", 5), ("OPENCV", 8), ("OPENCV_FISHEYE", 8),
-    ("FULL_OPENCV", 12), ("FOV", 5), ("SIMPLE_RADIAL_FISHEYE", 4), ("RADIAL_FISHEYE", 5), ("THIN_PRISM_FISHEYE", 12),
-)  # fmt: skip
+CAMERA_MODELS = {
+    "SIMPLE_PINHOLE": 3,
+    "PINHOLE": 4,
+    "SIMPLE_RADIAL": 4,
+    "RADIAL": 5,
+    "OPENCV": 8,
+    "OPENCV_FISHEYE": 8,
+    "FULL_OPENCV": 12,
+    "FOV": 5,
+    "SIMPLE_RADIAL_FISHEYE": 4,
+    "RADIAL_FISHEYE": 5,
+    "THIN_PRISM_FISHEYE": 12,
+}
 SINGLE_FOCAL = ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE")
 UNSUPPORTED = ("FOV", "THIN_PRISM_FISHEYE")
 BOUND_PERCENTILES = (0.1, 99.9)  # of the points' depths in each view, as in LLFF
@@ -247,7 +254,7 @@ def _read_cameras_txt(file: Path) -> dict[int, _Camera]:
     cameras = {}
     for line in filter(None, _data_lines(file)):
         number, model, width, height, *values = line.split()
-        count = dict(CAMERA_MODELS).get(model)
+        count = CAMERA_MODELS.get(model)
         if count is not None and len(values) != count:
             raise ValueError(f"camera {number}: {len(values)} parameters, but {model} has {count}")
         if count is None:
@@ -301,7 +308,7 @@ def _read_cameras_bin(file: Path) -> dict[int, _Camera]:
         width, height = (int(value) for value in reader.read("QQ"))
         if not 0 <= kind < len(CAMERA_MODELS):
             raise ValueError(f"camera {number}: unknown model number {kind}")
-        model, count = CAMERA_MODELS[kind]
+        model, count = list(CAMERA_MODELS.items())[kind]
         cameras[number] = _Camera(model, width, height, reader.read(f"{count}d"))
     return cameras
 

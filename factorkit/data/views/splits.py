@@ -12,9 +12,10 @@ from factorkit.utils.errors import DataError, format_count
 SPLITS = ("train", "val", "test")
 # Folders of splits in the names of views.
 SPLIT_NAMES = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-    "testing": "test", "eval": "test",
-}  # fmt: skip
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
 LISTING_SUFFIXES = (".txt", "_list.txt", "_files.txt")
 
 
@@ -88,8 +89,8 @@ def select_listed(
 def _find_rows(listed: Iterable[str], names: Sequence[str]) -> tuple[set[int], list[str], int]:
     """Return the views of a list, its names that are no views, and their number."""
     forms = [[form(name) for name in names] for form in NAME_FORMS]
-    tables = [{key: i for i, key in enumerate(keys) if counts[key] == 1}
-              for keys in forms for counts in [Counter(keys)]]  # fmt: skip
+    counted = [(keys, Counter(keys)) for keys in forms]
+    tables = [{key: i for i, key in enumerate(keys) if counts[key] == 1} for keys, counts in counted]
     rows, missing, count = set(), [], 0
     for text in listed:
         count += 1

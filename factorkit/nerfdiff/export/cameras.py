@@ -28,7 +28,7 @@ COLMAP_IMAGE_FOLDER = "images"  # the one that readers of COLMAP scenes look int
 COLMAP_FILES = CAMERAS_FILE, IMAGES_FILE, POINTS_FILE = tuple(
     f"sparse/0/{part}.bin" for part in ("cameras", "images", "points3D")
 )
-MODEL_NUMBERS = {name: number for number, (name, _) in enumerate(CAMERA_MODELS)}
+MODEL_NUMBERS = {name: number for number, name in enumerate(CAMERA_MODELS)}
 LOCALISED_FILE = "localised.txt"  # names of the images whose poses were found in the finished scene
 NO_TRACK = -1.0  # COLMAP's error of a point that was not triangulated
 

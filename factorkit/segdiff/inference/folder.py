@@ -253,11 +253,9 @@ class _FolderJob:
             self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
         documents = write_documents(self.manifest, self.record, self.outputs)
         annotations, polygons = documents.get("annotations.json"), documents.get("polygons.json")
-        unlike, areas = [], []
-        for index, line in self.manifest.records():
-            areas.append(line["areas"])
-            if line.get("unlike"):
-                unlike.append(self.source.names[index])
+        records = list(self.manifest.records())
+        areas = [line["areas"] for _, line in records]
+        unlike = [self.source.names[index] for index, line in records if line.get("unlike")]
         overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
         means, files = np.mean(areas, 0).tolist(), (overview, annotations, polygons)
         counts = segmented, already, self.skipped, self.config.num_leaf_regions
@@ -368,9 +366,8 @@ class _FolderJob:
             self._skip_or_raise(item, error)
         else:
             depths = self.source.depths
-            self.manifest.add(
-                item.number, item.stamp, record | ({"depths": depths.decide()} if depths.is_decided else {})
-            )
+            depth = {"depths": depths.decide()} if depths.is_decided else {}
+            self.manifest.add(item.number, item.stamp, record | depth)
         return item.number
 
     def _skip_or_raise(self, item: _Item, error: Exception) -> None:
@@ -399,6 +396,5 @@ class _FolderJob:
         if distributed.rank():
             return
         more = f"; and {count - len(named)} more" if count > len(named) else ""
-        warnings.warn(
-            f"{count} of {format_count(total, 'image')} could not be segmented: {reasons}{more}", stacklevel=5
-        )
+        message = f"{count} of {format_count(total, 'image')} could not be segmented: {reasons}{more}"
+        warnings.warn(message, stacklevel=5)

@@ -37,9 +37,8 @@ def test_ring_azimuths_follow_the_numbers_of_the_names(names, turns):
 
 
 def test_ring_azimuths_with_times_follow_their_order():
-    assert ring_azimuths(["1.png", "2.png", "3.png", "4.png"], torch.tensor([7.0, 2.0, 9.0, 3.0])).tolist() == [
-        180, 0, 270, 90
-    ]  # fmt: skip
+    azimuths = ring_azimuths(["1.png", "2.png", "3.png", "4.png"], torch.tensor([7.0, 2.0, 9.0, 3.0]))
+    assert azimuths.tolist() == [180, 0, 270, 90]
 
 
 def test_ring_directions_go_both_ways():

@@ -38,8 +38,8 @@ def shifted() -> Scene:
     """Views of 24 pixels moved by up to 3 pixels each way."""
     views = make_procedural_views(12, 24, seed=0)
     shifts = torch.randint(-3, 4, (12, 2), generator=torch.Generator().manual_seed(0)).tolist()
-    rolled = [F.pad(image - 1, (4, 4, 4, 4))[:, 4 - y : 28 - y, 4 - x : 28 - x] + 1
-              for image, (x, y) in zip(views.images, shifts, strict=True)]  # fmt: skip
+    pairs = zip(views.images, shifts, strict=True)
+    rolled = [F.pad(image - 1, (4, 4, 4, 4))[:, 4 - y : 28 - y, 4 - x : 28 - x] + 1 for image, (x, y) in pairs]
     return open_scene(replace(views, images=torch.stack(rolled), masks=None), 24, CPU, False)
 
 
