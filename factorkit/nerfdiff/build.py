@@ -55,24 +55,27 @@ def build_model(
 def build_encoder(config: NerfdiffConfig, size: tuple[int, int], candidates: Candidates) -> PoseEncoder:
     """Build the encoder for views of ``size``, with fresh weights.
 
-    A transformer reads them at the next size that its patches divide.
+    It reads them at the next size that its patches, or the squares of its stem, divide.
     """
-    channels, patch = config.model_channels, config.encoder_patch_size
+    channels, is_vit = config.model_channels, config.encoder == "vit"
+    patch, stem = config.encoder_patch_size, config.encoder_stem_size
+    height, width = (-(-side // (patch if is_vit else stem)) * (patch if is_vit else stem) for side in size)
+    size = (height, width)
     encoder: Encoder | TokenEncoder
-    if config.encoder == "vit":
-        height, width = (-(-side // patch) * patch for side in size)
-        size, time = (height, width), TimeEmbedding(channels // 4)
+    if is_vit:
+        stem, time = 1, TimeEmbedding(channels // 4)
         encoder = TokenEncoder(3, channels, config.encoder_depth, patch, size, channels, num_heads=NUM_HEADS)
         grid, norm = encoder.grid, "pixel"
     else:
         time = TimeEmbedding(channels)
-        encoder = Encoder(3, channels, config.channel_mult, config.num_res_blocks, (), max(size), 4 * channels)
-        height, width = size
+        height, width = height // stem, width // stem
+        side, blocks = max(height, width), config.num_res_blocks
+        encoder = Encoder(3 * stem**2, channels, config.channel_mult, blocks, (), side, 4 * channels)
         for _ in config.channel_mult[1:]:
             height, width = (height + 1) // 2, (width + 1) // 2
         grid, norm = (height, width), "group"
-    pooling = config.encoder_pooling
-    return PoseEncoder(time, encoder, size, grid, candidates.count, candidates.raw_size, norm=norm, pooling=pooling)
+    shape = (candidates.count, candidates.raw_size)
+    return PoseEncoder(time, encoder, size, grid, *shape, norm=norm, pooling=config.encoder_pooling, stem=stem)
 
 
 class PartialRun(NamedTuple):

@@ -129,19 +129,22 @@ class NerfdiffConfig(EngineConfig):
     """Blocks of the transformer."""
     encoder_patch_size: int = 4
     """Side in pixels of the patches that are the transformer's tokens."""
-    encoder_resolution: int = 32
+    encoder_resolution: int = 64
     """Longer side in pixels at which the encoder reads the views."""
-    model_channels: int = 16
-    """Channels C of the encoder's first level, or of the transformer's tokens (a multiple of 8; presets use 64). 16
-    suffices for views of 32 pixels; the thesis uses 64."""
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    encoder_stem_size: int = 1
+    """Side in pixels of the squares that the U-Net's encoder reads as one pixel with more channels. The presets "demo"
+    and "fast" use a sixteenth of the views' side, at most 4. 1 reads single pixels (the thesis)."""
+    model_channels: int = 24
+    """Channels C of the encoder's first level, or of the transformer's tokens (a multiple of 8; presets use 64). The
+    thesis uses 64."""
+    channel_mult: tuple[int, ...] = (1, 2, 2)
     """Channels of each level of the U-Net's encoder, in units of model_channels."""
     num_res_blocks: int = 1
     """Residual blocks in each level of the U-Net's encoder."""
     encoder_pooling: Literal["flatten", "average"] = "flatten"
     """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
     encoders need the positions that the average discards."""
-    num_rendered_views: int = 300
+    num_rendered_views: int = 1000
     """Number of rendered views of the fitted scene that are added to the encoder's training data."""
     finetune_steps: int = 0
     """Steps of denoising that finetune the distilled encoder while the field stays fixed. 0 skips the stage."""
@@ -166,6 +169,7 @@ class NerfdiffConfig(EngineConfig):
             "encoder_resolution": 4,
             "encoder_depth": 1,
             "encoder_patch_size": 1,
+            "encoder_stem_size": 1,
             "model_channels": 2,
             "num_res_blocks": 1,
             "num_rendered_views": 0,
@@ -218,31 +222,43 @@ class NerfdiffConfig(EngineConfig):
     @property
     def encoder_stride(self) -> int:
         """Pixels of a view, per side, for each feature that the heads read."""
-        return self.encoder_patch_size if self.encoder == "vit" else 2 ** min(len(self.channel_mult), 30)
+        if self.encoder == "vit":
+            return self.encoder_patch_size
+        return self.encoder_stem_size * 2 ** min(len(self.channel_mult), 30)
 
     @property
     def pose_parameters(self) -> tuple[str, ...]:
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
-    def with_field(self, field: Any) -> NerfdiffConfig:
-        """Return the configuration with another field; settings that the preset sized for the old one follow it."""
-        old, new = _sized(self.resolution, self.field), _sized(self.resolution, field)
-        sizes = {name: new[name] for name, value in old.items() if getattr(self, name) == value}
-        return dataclasses.replace(self, field=field, **sizes)
+    def choose_field(self, unbounded: bool) -> NerfdiffConfig:
+        """Return the configuration with field="auto" decided, by whether the scene is unbounded."""
+        if self.field != "auto":
+            return self
+        sizes = {"grid_resolution": min(self.resolution, MAX_UNBOUNDED_GRID)} if unbounded else {}
+        return self._with_sizes("grid" if unbounded else "gaussians", sizes)
 
     def with_choices(self, stored: Mapping[str, Any]) -> NerfdiffConfig:
         """Return the configuration with those choices by the views that the stored settings of a run have."""
         if "scene" not in stored:
             return self
-        config = self.with_field(stored["field"]) if self.field == "auto" else self
+        config = self if self.field != "auto" else self._with_sizes(stored["field"], {k: stored[k] for k in SIZES})
         unbounded = stored.get("unbounded", "no") if config.unbounded == "auto" else config.unbounded
         return dataclasses.replace(config, unbounded=unbounded)
+
+    def _with_sizes(self, field: Any, sizes: Mapping[str, int]) -> NerfdiffConfig:
+        """Return the configuration with another field, and with those sizes that the preset chose replaced."""
+        chosen = _sized(self.resolution, self.field)
+        changes: dict[str, Any] = {k: value for k, value in sizes.items() if getattr(self, k) == chosen[k]}
+        return dataclasses.replace(self, field=field, **changes)
 
 
 NUM_HEADS = 4  # of the transformer
 #: settings of one encoder alone
-ENCODER_SETTINGS = {"unet": ("channel_mult", "num_res_blocks"), "vit": ("encoder_depth", "encoder_patch_size")}
+ENCODER_SETTINGS = {
+    "unet": ("channel_mult", "num_res_blocks", "encoder_stem_size"),
+    "vit": ("encoder_depth", "encoder_patch_size"),
+}
 
 CHOICES = {
     "encoder": ("unet", "vit"),
@@ -259,7 +275,8 @@ CHOICES = {
 _FAST = {
     "steps": 500,
     "batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
+    "timestep_power": 2.0,
     "lr_decay_fraction": 1.0,
     "ema_decay": 0.98,
     "precision": "fp32",
@@ -295,6 +312,7 @@ _THESIS = {
 
 
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+MAX_UNBOUNDED_GRID = 96  # likewise of the grid of an unbounded scene, where nobody names a field
 MAX_GRID_VIEWS = 64  # pixels of the longer side above which Gaussians reach more dB in the same time than a grid
 
 
@@ -311,7 +329,12 @@ def _sized(resolution: int, field: str) -> dict[str, Any]:
 _JOINT = {
     "steps": 1500,
     "batch_size": 16,
+    "learning_rate": 1e-3,
     "lr_decay_fraction": 0.4,
+    "encoder_resolution": 32,
+    "encoder_stem_size": 1,
+    "model_channels": 16,
+    "channel_mult": (1, 2, 2, 2),
     "num_candidates": 12,
     "classification_weight": 0.01,
     "timestep_power": 3.0,
@@ -347,10 +370,13 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         changes = {**changes, "field": field}
         settings = settings | _sized(resolution, field)
         settings = settings | {"occupancy": field not in ("auto", "grid", "gaussians")}
+        settings = settings | {"encoder_stem_size": max(1, min(resolution, 64) // 16)}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     if changes.get("encoder") == "vit":
         settings = {k: v for k, v in settings.items() if k not in ENCODER_SETTINGS["unet"]} | {"model_channels": 64}
+        if preset in ("demo", "fast"):
+            settings = settings | {"encoder_resolution": 32, "learning_rate": 1e-3}
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config
@@ -384,6 +410,6 @@ register_renamed_settings(
         "t_power": "timestep_power",
     },
     values={("encoder_pooling", "whole"): "flatten"},
-    added={"encoder": "unet", "encoder_depth": 4, "encoder_patch_size": 4, "unbounded": "no"},
+    added={"encoder": "unet", "encoder_depth": 4, "encoder_patch_size": 4, "encoder_stem_size": 1, "unbounded": "no"},
     tensors={"occupancy.looks": "occupancy.num_updates"},
 )

@@ -56,6 +56,7 @@ class PoseEncoder(nn.Module):
         norm: kind of the norm before the pooling.
         pooling: "average" over the last feature map (fig. 3.12) discards positions, which small networks need;
             "flatten" keeps them.
+        stem: side in pixels of the squares that the encoder reads as one pixel of 3 * stem^2 channels.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class PoseEncoder(nn.Module):
         *,
         norm: str = "group",
         pooling: str = "flatten",
+        stem: int = 1,
     ):
         super().__init__()
-        self.size = size
+        self.size, self.stem = size, stem
         self.output_shape = (candidates, raw_size)
         self.time, self.encoder = time, encoder
         channels = self.encoder.out_channels
@@ -92,6 +94,8 @@ class PoseEncoder(nn.Module):
         """Return raw outputs [B, N, raw_size] and scores [B, N] for noisy views [B, 3, H, W] at times t [B]."""
         if tuple(x_t.shape[2:]) != self.size:
             x_t = F.interpolate(x_t, size=self.size, mode="area")
+        if self.stem > 1:
+            x_t = F.pixel_unshuffle(x_t, self.stem)
         features = self.hidden(self.norm(self.encoder(x_t, self.time(t))[-1]))
         # at least fp32: half precision is too coarse for a pose
         raw, scores = (

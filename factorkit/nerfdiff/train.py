@@ -261,8 +261,7 @@ def choose_capture_settings(
         ordered = "yes" if searched and find_order(scene) is not None else "no"
     config = config.with_choices(stored)
     unbounded = choose_unbounded(config, scene)
-    if config.field == "auto":
-        config = config.with_field("grid" if unbounded == "yes" else "gaussians")
+    config = config.choose_field(unbounded == "yes")
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 

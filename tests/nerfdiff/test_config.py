@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,10 +74,10 @@ def test_preset_config_above_64_pixels_leaves_the_field_to_the_views():
     assert large.field == "auto" and (large.grid_resolution, large.field_steps) == (64, 1200)
     assert preset_config("fast", resolution=64).field == preset_config("fast", search="joint", resolution=96).field
     assert preset_config("fast", resolution=96, field="hashgrid").field == "hashgrid"
-    assert large.with_field("grid") == preset_config("fast", resolution=96, field="grid")
     given = preset_config("fast", resolution=96, field_steps=7)
-    assert given.with_field("grid").field_steps == 7 and given.with_field("grid").grid_resolution == 96
-    assert large.with_choices({"scene": {}, "field": "grid"}).field == "grid", "a run of an earlier version resumes"
+    assert given.choose_field(unbounded=True).field_steps == given.choose_field(unbounded=False).field_steps == 7
+    earlier = preset_config("fast", resolution=96, field="grid")
+    assert large.with_choices({"scene": {}, **earlier.to_dict(), "unbounded": "no"}) == replace(earlier, unbounded="no")
 
 
 def test_preset_config_occupancy_is_on_for_costly_fields():

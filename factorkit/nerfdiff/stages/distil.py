@@ -24,6 +24,8 @@ from factorkit.nerfdiff.stages.joint import add_noise
 from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
+ERROR_SCALE = 1e-3  # squared error, of about 2 degrees, above which the loss grows with the root
+ERROR_WEIGHT = 0.02
 ELEVATION_JITTER = 3.0  # degrees (standard deviation) between the elevations of rendered views and training views
 
 
@@ -45,8 +47,7 @@ class DistilTask:
         images, poses = scene.encoder_images, model.views
         if config.num_rendered_views and scene.layout == "object":
             new_poses = self._sample_poses(config.num_rendered_views)
-            # twice the encoder's resolution serves it as well as the views' own size
-            size = target_size(min(2 * config.encoder_resolution, max(scene.size)), *scene.size)
+            size = target_size(min(config.encoder_resolution, max(scene.size)), *scene.size)
 
             def render(rows: slice) -> Tensor:
                 return render_views(model.field, new_poses[rows], scene.camera, size, config.samples_per_ray).color
@@ -81,7 +82,7 @@ class DistilTask:
         error = pose_distance(predicted, poses, self.scene.distance)
         classification = F.cross_entropy(cameras.scores, target, reduction="none")
         weight = 1 - t / config.timesteps  # high noise levels hardly show the pose; their errors would dominate
-        objective = weight * error + config.classification_weight * classification
+        objective = weight * robust_error(error) + config.classification_weight * classification
         correct = (cameras.best_index == target).float().mean()
         return StepLoss(objective, error, t / config.timesteps, {"classified": correct})
 
@@ -92,6 +93,11 @@ class DistilTask:
         if self.scene.layout != "object":
             return {}
         return scene_alarms(self.config, self.scene, model.field, model.views, duplication=self.duplication)
+
+
+def robust_error(error: Tensor) -> Tensor:
+    """Return a loss of squared errors that grows with their root: the squares alone hardly pull at the last degrees."""
+    return ERROR_WEIGHT * ((1 + error / ERROR_SCALE).sqrt() - 1)
 
 
 def nearest_candidates(candidates: Candidates, candidate_poses: Tensor, poses: Tensor) -> Tensor:

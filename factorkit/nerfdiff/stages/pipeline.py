@@ -45,7 +45,7 @@ from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
 SFM_POSE_RATE = 0.1  # of the poses' learning rate: a small part of a pixel off, which full steps undo
-FINETUNE_RATE = 0.3  # of the encoder's learning rate, after distillation
+FINETUNE_RATE = 0.1  # of the encoder's learning rate, after distillation
 
 
 class Training(StageTraining):
