@@ -69,6 +69,20 @@ def test_preset_config_scales_with_the_resolution_unless_given():
     assert preset_config("lego", search="joint").steps == 200_000
 
 
+def test_build_encoder_reads_squares_of_the_stem_at_the_next_size_that_they_divide():
+    candidates = build_candidates("look_at", 8, 3.0, (5.0, 70.0), ())
+    sizes = {resolution: preset_config("fast", resolution=resolution).encoder_stem_size for resolution in (8, 32, 128)}
+    assert sizes == {8: 1, 32: 2, 128: 4}
+    encoder = build_encoder(preset_config("fast", resolution=64, model_channels=8), (64, 50), candidates)
+    assert encoder.size == (64, 52)
+    poses, scores = encoder(torch.zeros(2, 3, 64, 50), torch.zeros(2, dtype=torch.int64))
+    assert poses.shape == (2, 8, 3) and scores.shape == (2, 8)
+    moved = torch.zeros(1, 3, 64, 52)
+    moved[..., 1] = 1  # within a square: no pixel is averaged away
+    t = torch.zeros(1, dtype=torch.int64)
+    assert not torch.equal(encoder(moved, t)[1], encoder(moved.roll(1, -1), t)[1])
+
+
 def test_preset_config_above_64_pixels_leaves_the_field_to_the_views():
     large = preset_config("fast", resolution=96)
     assert large.field == "auto" and (large.grid_resolution, large.field_steps) == (64, 1200)
