@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -285,6 +286,23 @@ def _sized(resolution: int, field: str) -> dict[str, Any]:
     """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
     side = min(max(resolution, 32), MAX_START_GRID if field == "gaussians" else 128)
     return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
+
+
+#: settings that depend on whether the scene is unbounded, which the views decide, where nothing else is demanded
+UNBOUNDED_SETTINGS = ("grid_resolution", "samples_per_ray", "field_steps")
+
+
+def unbounded_settings(preset: str | None, resolution: int, explicit: Collection[str]) -> dict[str, Any]:
+    """Return the settings of a preset for a scene in all of space, without those that were given.
+
+    Its rays are sampled twice, the second time where something is, so that half as many samples suffice; and many
+    vertices for few views only fit noise.
+    """
+    if PRESETS.get(preset or "") is not _FAST:
+        return {}
+    side = min(max(resolution, 32), 128)
+    values = (max(32, 3 * side // 4), max(32, side // 2), max(600, round(600 * side / 64)))
+    return {name: v for name, v in zip(UNBOUNDED_SETTINGS, values, strict=True) if name not in explicit}
 
 
 #: changes of search="joint" to the presets "demo" and "fast"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.config import NerfdiffConfig, preset_config, unbounded_settings
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
@@ -95,7 +95,7 @@ def train_nerfdiff(
     def train(search: PoseSearch) -> NerfdiffRun:
         views, scene, settings = prepare(search)
         stored = read_stored_settings(folder)
-        config = choose_capture_settings(search.config, scene, stored)
+        config = choose_capture_settings(search.config, scene, stored, preset, changes)
         settings |= config.to_dict()
         if progress:
             print_notes([*search.notes, *list_notes(views, scene, config)])
@@ -178,7 +178,7 @@ def estimate(
         notes.append("A dry run finds no cameras by structure from motion: the stages are timed with the dictionary.")
         config = dataclasses.replace(config, search="dictionary")
     views, scene, settings = _prepare(source, PoseSearch(config), preset, device, reading, box)
-    config = choose_capture_settings(config, scene)
+    config = choose_capture_settings(config, scene, preset=preset, explicit=changes)
     settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
@@ -238,11 +238,22 @@ class _StageTimer(Training):
 
 
 def choose_capture_settings(
-    config: NerfdiffConfig, scene: Scene, stored: Mapping[str, Any] = MappingProxyType({})
+    config: NerfdiffConfig,
+    scene: Scene,
+    stored: Mapping[str, Any] = MappingProxyType({}),
+    preset: str | None = None,
+    explicit: Collection[str] = (),
 ) -> NerfdiffConfig:
-    """Return the configuration with what is open chosen by the views: ``optimize_camera``, ``ordered``, ``unbounded``.
+    """Return the configuration with what is open chosen by the views.
 
-    The choice of ``stored`` settings, those of a run that is resumed, stays.
+    That is ``optimize_camera``, ``ordered``, ``unbounded``, and the sizes of an unbounded field.
+
+    Args:
+        config: of the run.
+        scene: of the run.
+        stored: settings of a run that is resumed, whose choice stays.
+        preset: of the configuration.
+        explicit: names of the settings that were given, and stay.
     """
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
@@ -261,7 +272,10 @@ def choose_capture_settings(
     if config.unbounded == "auto" and "scene" in stored:
         config = dataclasses.replace(config, unbounded=stored.get("unbounded", "no"))
     unbounded = choose_unbounded(config, scene)
-    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
+    sizes = unbounded_settings(preset, config.resolution, explicit) if unbounded == "yes" else {}
+    if "scene" in stored:
+        sizes = {name: stored[name] for name in sizes}
+    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded, **sizes)
 
 
 def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
@@ -283,7 +297,9 @@ def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
     if config.unbounded == "yes":
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "
-            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone)."
+            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone). "
+            f"grid_resolution={config.grid_resolution}, samples_per_ray={config.samples_per_ray} and "
+            f"field_steps={config.field_steps} suit such scenes, unless they were given."
         )
     elif scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(

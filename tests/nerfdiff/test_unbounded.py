@@ -52,6 +52,23 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
     assert choose_capture_settings(preset_config("fast", poses="known"), scene, stored).unbounded == "no"
 
 
+def test_unbounded_sizes_are_smaller_unless_given_or_stored():
+    views = room(8, 64)
+
+    def choose_sizes(stored=None, preset="fast", **explicit):
+        config = preset_config(preset, poses="known", **{"resolution": 64, **explicit})
+        scene = open_scene(views, 64, CPU, True)
+        config = choose_capture_settings(config, scene, stored or {}, preset, explicit)
+        return config.grid_resolution, config.samples_per_ray, config.field_steps
+
+    assert choose_sizes() == (48, 32, 600)
+    assert choose_sizes(samples_per_ray=64) == (48, 64, 600)
+    assert choose_sizes(unbounded="no") == (64, 64, 1200)
+    stored = {"scene": {}, "unbounded": "yes", "grid_resolution": 64, "samples_per_ray": 64, "field_steps": 1200}
+    assert choose_sizes(stored) == (64, 64, 1200)
+    assert choose_sizes(preset=None) == (32, 32, 600)
+
+
 @pytest.mark.parametrize(
     ("settings", "layout", "message"),
     [
@@ -66,6 +83,17 @@ def test_unbounded_yes_for_another_scene_is_refused(settings, layout, message):
         views = replace(views, layout="forward", poses=views.poses[:1].expand(10, 4, 4) + 0)
     with pytest.raises(ConfigError, match=message):
         choose(views, unbounded="yes", **settings)
+
+
+def test_total_variation_unbounded_depends_on_slopes_not_on_the_number_of_vertices():
+    ramps = []
+    for vertices in (32, 64):
+        field = build_field("grid", vertices, 0, unbounded=True)
+        field.values.data = torch.linspace(-1, 1, vertices)[:, None, None, None].expand(-1, vertices, vertices, 4)
+        ramps.append(float(field.total_variation().detach()))
+    assert ramps[1] == pytest.approx(ramps[0], rel=0.04)  # one vertex in 32 and in 64 is no interval
+    field.unbounded = False
+    assert ramps[1] == pytest.approx(6 * 4 * float(field.total_variation().detach()))
 
 
 @pytest.mark.parametrize("kind", ["grid", "hashgrid"])
