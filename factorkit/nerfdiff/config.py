@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
@@ -72,10 +73,11 @@ class NerfdiffConfig(EngineConfig):
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
 
-    field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians"] = "grid"
+    field: Literal["auto", "grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians"] = "grid"
     """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, tiny-cuda-nn's hash grid and
-    fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The grid is the fastest on a CPU. The pose search
-    always uses a grid, and Gaussians start from one."""
+    fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The pose search always uses a grid, and Gaussians
+    start from one. "auto", the default of the presets "demo" and "fast": Gaussians for views above 64 pixels, the grid
+    for smaller ones, unbounded scenes and search="joint"."""
     num_gaussians: int = 10_000
     """Number of Gaussians, with field="gaussians". Training moves them, but neither adds nor removes any."""
     gaussian_steps: int = 4000
@@ -224,6 +226,28 @@ class NerfdiffConfig(EngineConfig):
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
+    def with_field(
+        self, field: Any, unbounded: Any = "auto", stored: Mapping[str, Any] = MappingProxyType({})
+    ) -> NerfdiffConfig:
+        """Return the configuration with a field; settings that the preset sized for the old one follow it.
+
+        Args:
+            field: kind of the field.
+            unbounded: "auto", "yes" or "no".
+            stored: settings of a run that is resumed, whose sizes come before those of the preset.
+        """
+        old, new = _sized(self.resolution, self.field), _sized(self.resolution, field, unbounded == "yes")
+        sizes = {name: stored.get(name, new[name]) for name, value in old.items() if getattr(self, name) == value}
+        return dataclasses.replace(self, field=field, unbounded=unbounded, **sizes)
+
+    def with_choices(self, stored: Mapping[str, Any]) -> NerfdiffConfig:
+        """Return the configuration with those choices by the views that the stored settings of a run have."""
+        if "scene" not in stored:
+            return self
+        field = stored["field"] if self.field == "auto" else self.field
+        unbounded = stored.get("unbounded", "no") if self.unbounded == "auto" else self.unbounded
+        return self.with_field(field, unbounded, stored)
+
 
 NUM_HEADS = 4  # of the transformer
 #: settings of one encoder alone
@@ -235,7 +259,7 @@ CHOICES = {
     "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
     "ordered": ("auto", "yes", "no"),
-    "field": FIELDS,
+    "field": ("auto", *FIELDS),
     "background": BACKGROUNDS,
     "unbounded": ("auto", "yes", "no"),
     "encoder_pooling": ("flatten", "average"),
@@ -280,29 +304,24 @@ _THESIS = {
 
 
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+MAX_GRID_VIEWS = 64  # pixels of the longer side above which Gaussians reach more dB in the same time than a grid
 
 
-def _sized(resolution: int, field: str) -> dict[str, Any]:
-    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
-    side = min(max(resolution, 32), MAX_START_GRID if field == "gaussians" else 128)
-    return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
+SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 
 
-#: settings that depend on whether the scene is unbounded, which the views decide, where nothing else is demanded
-UNBOUNDED_SETTINGS = ("grid_resolution", "samples_per_ray", "field_steps")
+def _sized(resolution: int, field: str, unbounded: bool = False) -> dict[str, Any]:
+    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel.
 
-
-def unbounded_settings(preset: str | None, resolution: int, explicit: Collection[str]) -> dict[str, Any]:
-    """Return the settings of a preset for a scene in all of space, without those that were given.
-
-    Its rays are sampled twice, the second time where something is, so that half as many samples suffice; and many
-    vertices for few views only fit noise.
+    Rays of an unbounded scene are sampled twice, the second time where something is, so that half as many samples
+    suffice; more vertices would cost time and show nothing, since few views see each of them.
     """
-    if PRESETS.get(preset or "") is not _FAST:
-        return {}
-    side = min(max(resolution, 32), 128)
-    values = (max(32, 3 * side // 4), max(32, side // 2), max(600, round(600 * side / 64)))
-    return {name: v for name, v in zip(UNBOUNDED_SETTINGS, values, strict=True) if name not in explicit}
+    side = min(max(resolution, 32), MAX_START_GRID if field in ("auto", "gaussians") else 128)
+    half = max(32, side // 2)
+    sizes = (
+        (max(32, 3 * side // 4), half, round(600 * half / 32)) if unbounded else (side, side, round(600 * side / 32))
+    )
+    return dict(zip(SIZES, sizes, strict=True))
 
 
 #: changes of search="joint" to the presets "demo" and "fast"
@@ -339,9 +358,12 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
-        field = changes.get("field", NerfdiffConfig.field)
-        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution), field)
-        settings = settings | {"occupancy": field not in ("grid", "gaussians")}
+        field, resolution = changes.get("field", "auto"), changes.get("resolution", NerfdiffConfig.resolution)
+        if field == "auto" and (resolution <= MAX_GRID_VIEWS or changes.get("search") == "joint"):
+            field = "grid"
+        changes = {**changes, "field": field}
+        settings = settings | _sized(resolution, field)
+        settings = settings | {"occupancy": field not in ("auto", "grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     if changes.get("encoder") == "vit":

@@ -17,7 +17,7 @@ from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
 from factorkit.engine.run_folder import CONFIG, check_claim, claimed, locked, read_settings
-from factorkit.nerfdiff.config import UNBOUNDED_SETTINGS, NerfdiffConfig
+from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
 from factorkit.nerfdiff.scene import Scene, choose_unbounded
@@ -199,9 +199,7 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
     """
     folder, config = request.folder, _sfm_config(request.config)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
-        requested = {**request.settings, **config.to_dict(), "scene": stored["scene"]}
-        if config.unbounded == "auto":
-            requested |= {name: stored[name] for name in ("unbounded", *UNBOUNDED_SETTINGS)}
+        requested = {**request.settings, **config.with_choices(stored).to_dict(), "scene": stored["scene"]}
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
         place = locked(folder)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.config import NerfdiffConfig, preset_config, unbounded_settings
+from factorkit.nerfdiff.config import MAX_GRID_VIEWS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
@@ -95,10 +95,10 @@ def train_nerfdiff(
     def train(search: PoseSearch) -> NerfdiffRun:
         views, scene, settings = prepare(search)
         stored = read_stored_settings(folder)
-        config = choose_capture_settings(search.config, scene, stored, preset, changes)
+        config = choose_capture_settings(search.config, scene, stored)
         settings |= config.to_dict()
         if progress:
-            print_notes([*search.notes, *list_notes(views, scene, config)])
+            print_notes([*search.notes, *list_notes(views, scene, config, search.config)])
 
         complete = partial(complete_settings, folder=folder, requested=settings)
         run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
@@ -178,7 +178,7 @@ def estimate(
         notes.append("A dry run finds no cameras by structure from motion: the stages are timed with the dictionary.")
         config = dataclasses.replace(config, search="dictionary")
     views, scene, settings = _prepare(source, PoseSearch(config), preset, device, reading, box)
-    config = choose_capture_settings(config, scene, preset=preset, explicit=changes)
+    requested, config = config, choose_capture_settings(config, scene)
     settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
@@ -191,7 +191,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": [*notes, *list_notes(views, scene, config)],
+        "notes": [*notes, *list_notes(views, scene, config, requested)],
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -238,22 +238,12 @@ class _StageTimer(Training):
 
 
 def choose_capture_settings(
-    config: NerfdiffConfig,
-    scene: Scene,
-    stored: Mapping[str, Any] = MappingProxyType({}),
-    preset: str | None = None,
-    explicit: Collection[str] = (),
+    config: NerfdiffConfig, scene: Scene, stored: Mapping[str, Any] = MappingProxyType({})
 ) -> NerfdiffConfig:
     """Return the configuration with what is open chosen by the views.
 
-    That is ``optimize_camera``, ``ordered``, ``unbounded``, and the sizes of an unbounded field.
-
-    Args:
-        config: of the run.
-        scene: of the run.
-        stored: settings of a run that is resumed, whose choice stays.
-        preset: of the configuration.
-        explicit: names of the settings that were given, and stay.
+    These are ``optimize_camera``, ``ordered``, ``unbounded``, ``field`` and its sizes. The choices of ``stored``
+    settings, those of a run that is resumed, stay.
     """
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
@@ -269,18 +259,29 @@ def choose_capture_settings(
         ordered = stored.get("ordered", "no")
     if ordered == "auto":
         ordered = "yes" if searched and find_order(scene) is not None else "no"
-    if config.unbounded == "auto" and "scene" in stored:
-        config = dataclasses.replace(config, unbounded=stored.get("unbounded", "no"))
+    config = config.with_choices(stored)
     unbounded = choose_unbounded(config, scene)
-    sizes = unbounded_settings(preset, config.resolution, explicit) if unbounded == "yes" else {}
-    if "scene" in stored:
-        sizes = {name: stored[name] for name in sizes}
-    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded, **sizes)
+    if "scene" not in stored:
+        by_views = "grid" if unbounded == "yes" else "gaussians"
+        config = config.with_field(by_views if config.field == "auto" else config.field, unbounded)
+    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
-def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
-    """Return sentences for the user on how the views were read and prepared with the settings of a run."""
+def list_notes(
+    views: Views, scene: Scene, config: NerfdiffConfig, requested: NerfdiffConfig | None = None
+) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared, and on what was chosen by them.
+
+    Args:
+        views: as read.
+        scene: prepared from them.
+        config: of the run.
+        requested: the configuration before the choices by the views; None: without them.
+    """
     notes = [*views.notes, *([scene.note] if scene.note else [])]
+    if requested is not None and config.field != requested.field:
+        reason = "the scene is unbounded" if config.unbounded == "yes" else f"views above {MAX_GRID_VIEWS} pixels"
+        notes.append(f'field="{config.field}": {reason} (--field).')
     if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
         notes.append(
             "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
@@ -298,8 +299,8 @@ def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "
             "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone). "
-            f"grid_resolution={config.grid_resolution}, samples_per_ray={config.samples_per_ray} and "
-            f"field_steps={config.field_steps} suit such scenes, unless they were given."
+            f"Unless they were given, the sizes suit such scenes: grid_resolution={config.grid_resolution}, "
+            f"samples_per_ray={config.samples_per_ray}, field_steps={config.field_steps}."
         )
     elif scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(
@@ -340,7 +341,7 @@ def _prepare(
         raise DataError(
             f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
         )
-    if config.field == "gaussians":
+    if config.field in ("auto", "gaussians"):
         needed, what = config.num_gaussians * TRAINING_BYTES, f"num_gaussians={config.num_gaussians}: they"
         require_memory(needed, device, what, "train fewer")
     if scene.layout == "forward" and config.pose_parameters:

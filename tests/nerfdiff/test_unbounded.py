@@ -54,19 +54,33 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
 
 def test_unbounded_sizes_are_smaller_unless_given_or_stored():
     views = room(8, 64)
+    scene = open_scene(views, 64, CPU, True)
 
-    def choose_sizes(stored=None, preset="fast", **explicit):
-        config = preset_config(preset, poses="known", **{"resolution": 64, **explicit})
-        scene = open_scene(views, 64, CPU, True)
-        config = choose_capture_settings(config, scene, stored or {}, preset, explicit)
+    def choose_sizes(stored=None, preset="fast", **settings):
+        config = preset_config(preset, **{"poses": "known", "resolution": 64, **settings})
+        config = choose_capture_settings(config, scene, stored or {})
         return config.grid_resolution, config.samples_per_ray, config.field_steps
 
     assert choose_sizes() == (48, 32, 600)
-    assert choose_sizes(samples_per_ray=64) == (48, 64, 600)
+    assert choose_sizes(samples_per_ray=50) == (48, 50, 600)
     assert choose_sizes(unbounded="no") == (64, 64, 1200)
-    stored = {"scene": {}, "unbounded": "yes", "grid_resolution": 64, "samples_per_ray": 64, "field_steps": 1200}
-    assert choose_sizes(stored) == (64, 64, 1200)
+    stored = {"scene": {}, "unbounded": "yes", "field": "grid", "grid_resolution": 64, "samples_per_ray": 64}
+    assert choose_sizes(stored | {"field_steps": 1200}) == (64, 64, 1200), "a run of an earlier version resumes"
     assert choose_sizes(preset=None) == (32, 32, 600)
+
+
+def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others():
+    views = room()
+    large, scene = preset_config("fast", resolution=96, poses="known"), choose(views)[1]
+    config = choose_capture_settings(large, scene)
+    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("grid", "yes", 72, 900)
+    config = choose_capture_settings(replace(large, unbounded="no"), scene)
+    assert (config.field, config.grid_resolution, config.field_steps) == ("gaussians", 64, 1200)
+    notes = list_notes(views, scene, config, large)
+    assert any('field="gaussians": views above 64 pixels' in note for note in notes)
+    stored = {"scene": {}, "unbounded": "no", "field": "grid"}
+    config = choose_capture_settings(large, scene, stored)
+    assert (config.field, config.unbounded, config.grid_resolution) == ("grid", "no", 96), "an earlier run resumes"
 
 
 @pytest.mark.parametrize(
