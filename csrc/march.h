@@ -30,8 +30,7 @@ struct March {
     int levels, resolution;          // a power of two, at least 8; at least 32 with blocks
     S centre[3], half[3];            // of level 0's box; level l is 2^l times as large about the same centre
     S step_min, step_max, cone;      // in units of t
-    bool jitter;
-    std::uint64_t seed;
+    const std::int64_t* seed;        // one number, from 0, where the rays are; or null: no jitter
 };
 
 template <class S>
@@ -63,6 +62,7 @@ struct Course {
     S cell_size, speed, per_step;     // shortest side of a cell of level 0; length of the direction; 1 / step_min
     S slack[3];                       // by which rounding may move a point of the outer faces, in cells of level 0
     S margin;                         // far more than rounding can move a face or a point of level 0 by
+    std::uint64_t seed;
 };
 
 // One step of a ray: its edges before jitter, and the size of the step before it.
@@ -111,8 +111,8 @@ FACTORKIT_HOST_DEVICE Step<S> leap(const March<S>& p, const Course<S>& c, Step<S
 // The edge at t, where step `index` starts and one of size `previous` ends.
 template <class S>
 FACTORKIT_HOST_DEVICE S jittered(const March<S>& p, const Course<S>& c, std::int64_t index, S t, S previous) {
-    if (!p.jitter || index == 0 || t >= c.far) return t < c.far ? t : c.far;
-    const S u = S(counter_uniform(p.seed, std::uint64_t(c.ray), std::uint64_t(index)));
+    if (!p.seed || index == 0 || t >= c.far) return t < c.far ? t : c.far;
+    const S u = S(counter_uniform(c.seed, std::uint64_t(c.ray), std::uint64_t(index)));
     const S moved = std::fma(u - S(0.5), previous, t);
     return moved < c.far ? moved : c.far;
 }
@@ -184,7 +184,8 @@ FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Course<S>& c, const C
 template <class S, class Emit>
 FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit emit) {
     const S *origin = p.rays.origins + 3 * ray, *direction = p.rays.directions + 3 * ray;
-    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, {}, S(0)};
+    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, {}, S(0),
+                p.seed ? std::uint64_t(*p.seed) : 0};
     const S largest = S(1 << (p.levels - 1)), *d = c.direction;
     Box<S> reach;
     for (int a = 0; a < 3; ++a) {
@@ -202,7 +203,7 @@ FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit e
     c.speed = std::sqrt(std::fma(d[0], d[0], std::fma(d[1], d[1], d[2] * d[2])));
     c.margin = S(0.01) * c.cell_size / c.speed;
     // Jitter may move the start of the last step, which far cuts off, and its midpoint by half as much.
-    const S early = p.jitter ? S(0.25) : S(0), last = box.far + c.margin;
+    const S early = p.seed ? S(0.25) : S(0), last = box.far + c.margin;
 
     Step<S> step = first_step(p, c.near);
     if (step.end <= box.near - c.margin) step = leap(p, c, step, box.near - c.margin, S(INFINITY));

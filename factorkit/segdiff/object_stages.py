@@ -92,7 +92,7 @@ class CuedMixtureTask:
         schedule: of the noise.
     """
 
-    capturable = False
+    capturable = True
 
     def __init__(
         self,
