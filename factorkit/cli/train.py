@@ -130,6 +130,8 @@ class TrainSegdiff(Command):
         ]
         if data["stage_seconds"]:
             lines.append(f"        of which {format_duration(data['stage_seconds'])} for finding the objects first")
+        if data["regions"] is None:
+            lines.append("regions 2 or 3, by the images; estimated with 3")
         if self.seed_trials > 1:
             each = format_duration(data["stage_seconds"]) if data["stage_seconds"] else "up to half of that"
             lines.append(f"        and {each} for each of the other {self.seed_trials - 1} seed trials")

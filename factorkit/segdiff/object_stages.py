@@ -3,6 +3,7 @@
 1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`),
    and another without the cue (`stages/mixture_without_cue`). The cue is used if it explains enough. A third one, of
    two regions in place of three or the reverse (`stages/mixture_of_other_regions`), shows which number suits better.
+   A run without `regions=` takes that number; its choice is in `regions.json`.
 2. Its masks of the clean images give the shapes of the set, and these the teacher's masks; nothing is trained.
 3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
 4. Its masks of the clean images, with place and cue, give the shapes that segmenting uses.
@@ -13,6 +14,7 @@ A stage that is finished is loaded; what is not trained is computed again and is
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -23,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.run_folder import read_object, write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.engine.step import StepLoss, Task
 from factorkit.engine.trainer import Trainer
-from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.config import OPEN_REGIONS, ResolvedSegdiffConfig
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import (
     LOGITS_SIDE,
@@ -62,6 +65,8 @@ MIN_CUE_GAIN = 0.015
 MIN_CUE_IMAGES, MAX_CUE_IMAGES = 16, 200  # of the training set that decide; with fewer the cue is used
 # Three regions suit the images if the third explains so much of the noise that two leave (docs/results.md).
 MIN_REGION_GAIN = 0.03
+REGIONS_FILE = "regions.json"  # of a run without `regions=`: the choice, and the mixture and the cue it was made with
+OTHER_STAGE = "mixture_of_other_regions"
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -159,12 +164,9 @@ class ObjectStages:
 
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
-        config = self.config
-        torch.manual_seed(derived_seed("object masks", config.seed))
-        masks = ObjectMasks(config.num_leaf_regions, config.resolution)
-        masks.mixture, weight = self.train_mixtures(masks.mixture)
+        masks = self.new_masks()
+        masks.mixture, weight = self.find_mixture(masks.mixture)
         masks.cue_weight.fill_(weight)
-        self.compare_regions(masks.mixture, weight)
         masks.network = self.train_network(masks.network, masks.mixture, weight)
         masks = masks.to(self.device).eval().requires_grad_(False)
 
@@ -184,6 +186,34 @@ class ObjectStages:
         if masks.typical.limits.isinf().any():
             self.log(f"photos unlike the training set will not be named: that takes at least {MIN_IMAGES} images")
         return masks
+
+    def new_masks(self) -> ObjectMasks:
+        """Return untrained masks of the run, always the same."""
+        torch.manual_seed(derived_seed("object masks", self.config.seed))
+        return ObjectMasks(self.config.num_leaf_regions, self.config.resolution)
+
+    def choose_regions(self) -> int:
+        """Return the number of regions that suits the images, 2 or 3, and keep the choice in the folder. Collective.
+
+        The configuration must have OPEN_REGIONS regions. The mixture of the chosen number is that of :meth:`run`.
+        """
+        path = self.folder / REGIONS_FILE
+        if not distributed.run_on_first(path.exists):
+            mixture, weight = self.train_mixtures(self.new_masks().mixture)
+            regions = self.compare_regions(mixture, weight, choose=True)
+            stage = "mixture" if regions == OPEN_REGIONS else OTHER_STAGE
+            choice = {"regions": regions, "stage": stage, "cue_weight": weight}
+            distributed.run_on_first(lambda: write_json(path, choice))
+        return int(distributed.run_on_first(lambda: read_object(path))["regions"])
+
+    def find_mixture(self, start: SpatialMixture) -> tuple[SpatialMixture, float]:
+        """Return the trained spatial mixture of the run, and the weight of its cue; ``start`` is untrained."""
+        path = self.folder / REGIONS_FILE
+        if choice := distributed.run_on_first(lambda: read_object(path) if path.exists() else None):
+            return self.train_mixture(choice["stage"], start, choice["cue_weight"]), choice["cue_weight"]
+        mixture, weight = self.train_mixtures(start)
+        self.compare_regions(mixture, weight)
+        return mixture, weight
 
     @cached_property
     def cues(self) -> Tensor:
@@ -225,24 +255,35 @@ class ObjectStages:
         images, cues = (values[:: max(1, len(self.images) // MAX_CUE_IMAGES)] for values in self.small_images)
         return unexplained_noise(mixture.to(self.device), images, self.schedule, weight * cues)
 
-    def compare_regions(self, mixture: SpatialMixture, weight: float) -> None:
-        """Log whether two regions or three suit the images, once; the number stays as configured."""
+    def compare_regions(self, mixture: SpatialMixture, weight: float, choose: bool = False) -> int:
+        """Return which number of regions suits the images, and log it with its reason, once.
+
+        Args:
+            mixture: of the configured number.
+            weight: of its cue.
+            choose: the number is open, and the result is used; else the configured one is.
+        """
         regions = self.config.num_leaf_regions
-        if (self.folder / "stages" / "distil").exists():
-            return
-        if regions not in (2, 3) or len(self.images) < MIN_CUE_IMAGES:
-            reason = f"with fewer than {MIN_CUE_IMAGES} images" if regions in (2, 3) else "beyond 2 and 3"
+        if not choose and (self.folder / "stages" / "distil").exists():
+            return regions
+        checked = len(self.images) >= MIN_CUE_IMAGES
+        if choose and not checked:
+            self.log(f"regions={regions}, chosen: fewer than {MIN_CUE_IMAGES} images decide nothing")
+            return regions
+        if regions not in (2, 3) or not checked:
+            reason = "beyond 2 and 3" if checked else f"with fewer than {MIN_CUE_IMAGES} images"
             self.log(f"whether another number than regions={regions} suits the images was not checked {reason}")
-            return
-        other = self.train_mixture("mixture_of_other_regions", SpatialMixture(5 - regions, object_first=True), weight)
+            return regions
+        other = self.train_mixture(OTHER_STAGE, SpatialMixture(5 - regions, object_first=True), weight)
         errors = {regions: self.measure_error(mixture, weight), 5 - regions: self.measure_error(other, weight)}
         gain = 1 - errors[3] / errors[2]
         suited = 3 if gain >= MIN_REGION_GAIN else 2
         advice = "as configured" if suited == regions else f"try regions={suited} in another out="
         self.log(
             f"a third region explains {gain:.1%} of the unexplained noise, the limit is {MIN_REGION_GAIN:.1%}: "
-            f"{suited} regions suit the images, {advice}"
+            f"{suited} regions suit the images, {'chosen' if choose else advice}"
         )
+        return suited
 
     def train_mixture(self, name: str, mixture: SpatialMixture, weight: float) -> SpatialMixture:
         """Train a spatial mixture whose cue has this weight on small copies of the images."""
@@ -346,7 +387,7 @@ class TimedStages(ObjectStages):
     def __init__(self, config: ResolvedSegdiffConfig, device: torch.device):
         shape = (STAGE_BATCH_SIZE, config.resolution, config.resolution, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        super().__init__(config, noise, Path("."), {}, device, progress=False)
+        super().__init__(config, noise, Path(os.devnull), {}, device, progress=False)
         self.seconds = 0.0
 
     def train_stage(self, name: str, build_task: Any, model: nn.Module, steps: int, **changes: Any) -> Any:

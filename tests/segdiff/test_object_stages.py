@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from factorkit.segdiff.masks.distil import DistilTask, augment
 from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork, measure_cue
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
 from factorkit.segdiff.object_stages import CuedMixtureTask, ObjectStages
+from factorkit.utils.errors import CheckpointError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 from tests.engine.trained import assert_identical, final_state
@@ -90,6 +92,42 @@ def test_alarms_of_object_masks_count_the_steps_of_their_stage(tmp_path, whole):
 def test_finished_run_is_loaded_without_its_stages(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(ObjectStages, "run", lambda self: pytest.fail("the stages ran again"))
     assert train(whole).step == 2
+
+
+@pytest.mark.slow
+def test_open_regions_are_chosen_once_and_stored(tmp_path, monkeypatch, whole):
+    """The choice of 2 takes the mixture that it was made with, and neither resuming nor lost stages change it."""
+    monkeypatch.setattr(object_stages, "MIN_CUE_IMAGES", 12)
+    monkeypatch.setattr(ObjectStages, "measure_error", lambda self, mixture, weight: 1.0)
+    out = tmp_path / "run"
+    train(out, regions=None, steps=1)
+    messages = (out / "log.jsonl").read_text()
+    assert "a third region explains 0.0% of the unexplained noise" in messages and "2 regions suit" in messages
+    assert json.loads((out / "config.json").read_text())["regions"] == 2
+    stage = final_state(out / "stages/mixture_of_other_regions")["ema.module.prior_logits"]
+    assert torch.equal(final_state(out)["model.masks.mixture.prior_logits"], stage) and len(stage) == 2
+    monkeypatch.setattr(ObjectStages, "measure_error", lambda self, mixture, weight: pytest.fail("chosen again"))
+    shutil.rmtree(out / "stages")
+    assert train(out, regions=None).config.regions == train(out).config.regions == 2
+    with pytest.raises(CheckpointError, match="regions: 2 there, 3 requested"):
+        train(out, regions=3)
+    # A run that was started with a number keeps it.
+    folder = shutil.copytree(whole, tmp_path / "whole")
+    assert train(folder, regions=None).config.regions == 2
+
+
+@pytest.mark.slow
+def test_open_regions_that_choose_three_give_the_masks_of_three(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_stages, "MIN_CUE_IMAGES", 12)
+    monkeypatch.setattr(object_stages, "MIN_REGION_GAIN", -1.0)
+    config, images = preset_config("demo", **TINY | {"regions": 3}).resolved(), draw_flowers(12, 16, seed=0)[0]
+    states = []
+    for name in ("open", "three"):
+        stages = ObjectStages(config, images, tmp_path / name, {}, torch.device("cpu"), False)
+        (tmp_path / name).mkdir()
+        assert name == "three" or stages.choose_regions() == 3
+        states.append(stages.run().state_dict())
+    assert_identical(*states)
 
 
 @pytest.mark.slow
@@ -227,7 +265,8 @@ def test_compare_regions_says_which_number_suits_the_images(tmp_path, monkeypatc
         ObjectStages, "measure_error", lambda self, mixture, weight: errors[mixture.prior_logits.shape[0]]
     )
     stages = ObjectStages(config, draw_flowers(count, 16, seed=0)[0], tmp_path, {}, torch.device("cpu"), False)
-    stages.compare_regions(SpatialMixture(regions, object_first=True), 1.0)
+    suited = stages.compare_regions(SpatialMixture(regions, object_first=True), 1.0)
+    assert suited == (regions if errors is None else 3 if errors[3] < 0.194 else 2)
     assert message in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["message"]
 
 
