@@ -62,7 +62,6 @@ struct Course {
     S cell_size, speed, per_step;     // shortest side of a cell of level 0; length of the direction; 1 / step_min
     S slack[3];                       // by which rounding may move a point of the outer faces, in cells of level 0
     S margin;                         // far more than rounding can move a face or a point of level 0 by
-    std::uint64_t seed;
 };
 
 // One step of a ray: its edges before jitter, and the size of the step before it.
@@ -112,7 +111,7 @@ FACTORKIT_HOST_DEVICE Step<S> leap(const March<S>& p, const Course<S>& c, Step<S
 template <class S>
 FACTORKIT_HOST_DEVICE S jittered(const March<S>& p, const Course<S>& c, std::int64_t index, S t, S previous) {
     if (!p.seed || index == 0 || t >= c.far) return t < c.far ? t : c.far;
-    const S u = S(counter_uniform(c.seed, std::uint64_t(c.ray), std::uint64_t(index)));
+    const S u = S(counter_uniform(std::uint64_t(*p.seed), std::uint64_t(c.ray), std::uint64_t(index)));
     const S moved = std::fma(u - S(0.5), previous, t);
     return moved < c.far ? moved : c.far;
 }
@@ -184,8 +183,7 @@ FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Course<S>& c, const C
 template <class S, class Emit>
 FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit emit) {
     const S *origin = p.rays.origins + 3 * ray, *direction = p.rays.directions + 3 * ray;
-    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, {}, S(0),
-                p.seed ? std::uint64_t(*p.seed) : 0};
+    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, {}, S(0)};
     const S largest = S(1 << (p.levels - 1)), *d = c.direction;
     Box<S> reach;
     for (int a = 0; a < 3; ++a) {
