@@ -16,20 +16,20 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.engine.run_log import RunLog
-from factorkit.engine.step import StepLoss, Task
+from factorkit.engine.step import Task
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.config import OPEN_REGIONS, ResolvedSegdiffConfig
+from factorkit.segdiff.masks.cued_mixture import CuedMixtureTask
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import (
     LOGITS_SIDE,
@@ -42,22 +42,15 @@ from factorkit.segdiff.masks.objects import (
     scale_lab,
 )
 from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
-from factorkit.segdiff.masks.spatial_mixture import (
-    EM_ROUNDS,
-    SpatialMixture,
-    fit_mixture,
-    noise_error,
-    unexplained_noise,
-)
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, unexplained_noise
 from factorkit.segdiff.masks.typical import MIN_IMAGES, measure_appearance
 from factorkit.utils import distributed
 from factorkit.utils.images import pixels_to_signed
-from factorkit.utils.rng import BatchDraw, derived_seed
+from factorkit.utils.rng import derived_seed
 
 MAX_IMAGES = 1024  # of the training set that the stages use
 MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
 MAX_CUE_SIDE = 64  # pixels of the cues that are kept
-MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
 STAGE_BATCH_SIZE = 16
 TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 # The cue is used if it explains so much of the noise that the mixture leaves unexplained without it (docs/results.md).
@@ -66,6 +59,7 @@ MIN_CUE_IMAGES, MAX_CUE_IMAGES = 16, 200  # of the training set that decide; wit
 # Three regions suit the images if the third explains so much of the noise that two leave (docs/results.md).
 MIN_REGION_GAIN = 0.03
 REGIONS_FILE = "regions.json"  # of a run without `regions=`: the choice, and the mixture and the cue it was made with
+MIN_EXPLAINED = 0.05  # by place and cue together, below which the log trusts neither (docs/results.md)
 OTHER_STAGE = "mixture_of_other_regions"
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
@@ -81,56 +75,6 @@ COMMON: dict[str, Any] = {
     "stop_on_failure": False,
     "shard": False,
 }
-
-
-class CuedMixtureTask:
-    """Train a spatial mixture with a cue by its own denoising loss.
-
-    Mirror images are left out: they would blur the places of things that face one way (docs/results.md).
-
-    Args:
-        config: of the stage.
-        mixture: to train.
-        size: number of images N.
-        load: returns images [N, 3, S, S] in [-1, 1] and cues [N, S, S], on the device of the training; called when the
-            first step needs them.
-        schedule: of the noise.
-    """
-
-    capturable = False
-
-    def __init__(
-        self,
-        config: ResolvedSegdiffConfig,
-        mixture: SpatialMixture,
-        size: int,
-        load: Callable[[], tuple[Tensor, Tensor]],
-        schedule: Schedule,
-    ):
-        self.config, self.size, self.load = config, size, cache(load)
-        self.model: nn.Module = mixture
-        self.schedule = schedule
-        self.t_max = max(1, schedule.find_matching_time(MIXTURE_TIME, Schedule()))
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the prior at the learning rate."""
-        return [{"params": list(self.model.parameters()), "scale": 1.0}]
-
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        """Return the noise that the mixture leaves unexplained in the images ``indices``."""
-        images, cues = self.load()
-        rows = indices.to(images.device)
-        x0, cue = images[rows], cues[rows]
-        t, eps = draw.integers(0, self.t_max), draw.normal(*x0.shape[1:])
-        x_t = self.schedule.noise(x0, eps, t)
-        logits, score = fit_mixture(x_t, cast(SpatialMixture, self.model).cued_prior(cue), EM_ROUNDS)
-        error = noise_error(cast(Tensor, score), self.schedule, eps, t)
-        metrics = {"areas": logits.detach().softmax(1).mean((0, 2, 3))}
-        return StepLoss(error, error.detach(), t / self.schedule.steps, metrics)
-
-    def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
-        """Return nothing: the run that uses the masks has sample grids and alarms."""
-        return {}
 
 
 class ObjectStages:
@@ -166,6 +110,7 @@ class ObjectStages:
         """Train every stage that is not finished, and return the masks of the run."""
         masks = self.new_masks()
         masks.mixture, weight = self.find_mixture(masks.mixture)
+        self.explain_masks(masks.mixture, weight)
         masks.cue_weight.fill_(weight)
         masks.network = self.train_network(masks.network, masks.mixture, weight)
         masks = masks.to(self.device).eval().requires_grad_(False)
@@ -284,6 +229,22 @@ class ObjectStages:
             f"{suited} regions suit the images, {'chosen' if choose else advice}"
         )
         return suited
+
+    def explain_masks(self, mixture: SpatialMixture, weight: float) -> None:
+        """Log once whether place or cue leads the masks, by the noise that each explains beside the other."""
+        if (self.folder / "stages" / "distil").exists() or len(self.images) < MIN_CUE_IMAGES:
+            return
+        flat = copy.deepcopy(mixture).requires_grad_(False)
+        flat.prior_logits.copy_(flat.prior_logits.mean((1, 2), keepdim=True).expand_as(flat.prior_logits))
+        error = self.measure_error(mixture, weight)
+        without = (flat, weight), (mixture, 0.0), (flat, 0.0)
+        place, cue, both = (1 - error / self.measure_error(*each) for each in without)
+        message = f"the place explains {place:.1%} of the noise that is unexplained without it, the cue {cue:.1%}"
+        if both < MIN_EXPLAINED:
+            advice = f"both together {both:.1%} < {MIN_EXPLAINED:.0%}: neither is trustworthy, check the masks"
+        else:
+            advice = "place-led masks" if place >= cue else "colour-led masks"
+        self.log(f"{message}: {advice}")
 
     def train_mixture(self, name: str, mixture: SpatialMixture, weight: float) -> SpatialMixture:
         """Train a spatial mixture whose cue has this weight on small copies of the images."""

@@ -16,10 +16,11 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff import object_stages
 from factorkit.segdiff import train as training
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.masks.cued_mixture import CuedMixtureTask
 from factorkit.segdiff.masks.distil import DistilTask, augment
 from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork, measure_cue
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
-from factorkit.segdiff.object_stages import CuedMixtureTask, ObjectStages
+from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
