@@ -169,8 +169,6 @@ class SegdiffConfig(EngineConfig):
         if len(self.nesting) > 1:
             note = f'masks="network": regions={self.nesting} split regions, and masks="auto" whole images only'
             return "network", note
-        if self.latent is not None or self.latent_channels:
-            return "network", 'masks="network": masks="auto" measures pixels, and latent= is given'
         network_settings = ("normalised_logits", "half_resolution_masks", "mask_learning_rate")
         if own := [name for name in network_settings if getattr(self, name) is not None]:
             return "network", f'masks="network": {own[0]}= is given, which masks="auto" does not have'
@@ -289,9 +287,9 @@ class ResolvedSegdiffConfig(SegdiffConfig):
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if self.cue_weight is not None and not 0 <= self.cue_weight < math.inf:
             raise ConfigError(f"cue_weight={self.cue_weight} must be a finite number, 0 or more")
-        if self.latent_channels and self.masks != "network":
+        if self.latent_channels and self.masks == "mixture":
             raise ConfigError(
-                f"masks={self.masks!r} measures colours of pixels, not latents; leave it out, or leave latent= out"
+                "masks='mixture' measures colours of pixels, not latents; leave it out, or leave latent= out"
             )
         if self.latent_channels and (self.resolution % self.latent_factor or self.side < MIN_LATENT_SIDE):
             raise ConfigError(

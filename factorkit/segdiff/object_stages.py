@@ -8,6 +8,8 @@
 3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
 4. Its masks of the clean images, with place and cue, give the shapes that segmenting uses.
 
+The mask network of a latent run sees latents; everything else measures the pixels of the images.
+
 A stage that is finished is loaded; what is not trained is computed again and is the same each time.
 """
 
@@ -51,6 +53,7 @@ from factorkit.utils.rng import derived_seed
 MAX_IMAGES = 1024  # of the training set that the stages use
 MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
 MAX_CUE_SIDE = 64  # pixels of the cues that are kept
+MAX_LATENT_IMAGE_SIDE = 64  # pixels of the images of a latent run, as the stages use them
 STAGE_BATCH_SIZE = 16
 TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 # The cue is used if it explains so much of the noise that the mixture leaves unexplained without it (docs/results.md).
@@ -87,6 +90,7 @@ class ObjectStages:
         settings: stored with every checkpoint.
         device: of the training.
         progress: show progress bars.
+        latents: fp16 [N, V, C, h, w] of a latent run; those of the first view are of the images.
     """
 
     def __init__(
@@ -97,17 +101,23 @@ class ObjectStages:
         settings: dict[str, Any],
         device: torch.device,
         progress: bool,
+        latents: np.ndarray | None = None,
     ):
         self.config, self.folder, self.settings = config, folder, settings
         self.device, self.progress, self.schedule = device, progress, config.build_schedule(device)
         rows = np.arange(len(images))
         if len(images) > MAX_IMAGES:
             rows = np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(int)
-            self.log(f"the object stages use {MAX_IMAGES} of {len(images)} images, evenly spaced")
-        self.images = images if len(rows) == len(images) else images[rows]
+        self.num_images = len(images)
+        all_used = len(rows) == len(images)
+        self.images = images if all_used else images[rows]
+        self.latents = latents if latents is None or all_used else latents[rows]
+        self.side = min(MAX_LATENT_IMAGE_SIDE, config.resolution) if config.latent_channels else config.resolution
 
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
+        if self.num_images > MAX_IMAGES:
+            self.log(f"the object stages use {MAX_IMAGES} of {self.num_images} images, evenly spaced")
         masks = self.new_masks()
         masks.mixture, weight = self.find_mixture(masks.mixture)
         self.explain_masks(masks.mixture, weight)
@@ -117,25 +127,34 @@ class ObjectStages:
 
         def segment_coarsely(images: Tensor, rows: slice) -> Tensor:
             t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-            return to_coarse(masks.align_coarsely(images, masks.network(images, t).softmax(1)))
+            coarse = masks.network(self.find_inputs(images, rows), t).softmax(1)
+            return to_coarse(masks.align_coarsely(images, resize(coarse, *images.shape[2:])))
 
         masks.shape.fit(self.map_images(segment_coarsely))
+        every = max(1, len(self.images) // TYPICAL_IMAGES)
 
         def measure(images: Tensor, rows: slice) -> Tensor:
             t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-            doubts = masks.measure_doubts(images, masks.segment(images, t=t))
+            inputs = self.find_inputs(images, rows, every)
+            doubts = masks.measure_doubts(inputs, masks.segment(inputs, t=t, images=images))
             return torch.cat([doubts, measure_appearance(scale_lab(images))], 1)
 
-        figures = self.map_images(measure, every=max(1, len(self.images) // TYPICAL_IMAGES))
+        figures = self.map_images(measure, every)
         masks.typical.fit(figures[:, :2], figures[:, 2:])
         if masks.typical.limits.isinf().any():
             self.log(f"photos unlike the training set will not be named: that takes at least {MIN_IMAGES} images")
         return masks
 
+    def find_inputs(self, images: Tensor, rows: slice, every: int = 1) -> Tensor:
+        """Return what the mask network sees of images of :meth:`map_images`: themselves, or their latents."""
+        if self.latents is None:
+            return images
+        return torch.from_numpy(np.array(self.latents[::every][rows, 0])).float().to(self.device)
+
     def new_masks(self) -> ObjectMasks:
         """Return untrained masks of the run, always the same."""
         torch.manual_seed(derived_seed("object masks", self.config.seed))
-        return ObjectMasks(self.config.num_leaf_regions, self.config.resolution)
+        return ObjectMasks(self.config.num_leaf_regions, self.config.side, self.config.latent_channels or 3)
 
     def choose_regions(self) -> int:
         """Return the number of regions that suits the images, 2 or 3, and keep the choice in the folder. Collective.
@@ -263,7 +282,8 @@ class ObjectStages:
 
         def build_task(config: ResolvedSegdiffConfig) -> Task:
             teach = partial(self.teach, mixture, weight)
-            return DistilTask(config, network, self.images, teach, self.config.random_flip, self.schedule)
+            inputs = self.images if self.latents is None else self.latents
+            return DistilTask(config, network, inputs, teach, self.config.random_flip, self.schedule)
 
         return self.train_stage("distil", build_task, network, steps=self.config.distil_steps, **DISTIL_STAGE)
 
@@ -286,7 +306,7 @@ class ObjectStages:
 
     @torch.no_grad()
     def map_images(self, work: Callable[[Tensor, slice], Tensor], every: int = 1) -> Tensor:
-        """Return ``work(images, rows)`` of all or ``every`` so many images [n, 3, R, R], in batches, on the CPU.
+        """Return ``work(images, rows)`` of all or ``every`` so many images [n, 3, S, S], in batches, on the CPU.
 
         Collective. ``rows`` are those of the images used.
         """
@@ -297,7 +317,7 @@ class ObjectStages:
             for start in range(rows.start, rows.stop, BATCH_SIZE):
                 batch = slice(start, min(start + BATCH_SIZE, rows.stop))
                 images = pixels_to_signed(torch.from_numpy(np.array(used[batch]))).contiguous()
-                parts.append(work(images.to(self.device), batch).cpu())
+                parts.append(work(resize(images.to(self.device), self.side, self.side), batch).cpu())
             return torch.cat(parts)
 
         return distributed.map_shares(share, len(used))
@@ -348,7 +368,10 @@ class TimedStages(ObjectStages):
     def __init__(self, config: ResolvedSegdiffConfig, device: torch.device):
         shape = (STAGE_BATCH_SIZE, config.resolution, config.resolution, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        super().__init__(config, noise, Path(os.devnull), {}, device, progress=False)
+        latents = None
+        if config.latent_channels:
+            latents = np.zeros((STAGE_BATCH_SIZE, 1, config.latent_channels, config.side, config.side), np.float16)
+        super().__init__(config, noise, Path(os.devnull), {}, device, False, latents)
         self.seconds = 0.0
 
     def train_stage(self, name: str, build_task: Any, model: nn.Module, steps: int, **changes: Any) -> Any:

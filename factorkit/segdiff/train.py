@@ -157,7 +157,8 @@ def train_segdiff(
         task = SegdiffTask(config, images, probes, device, labels, space)
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
-            stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
+            latents = None if space is None else images
+            stages = ObjectStages(config, prepared.images, folder, meta, device, progress, latents)
             cast(nn.Module, cast(FactorizedDenoiser, task.model).masks).load_state_dict(stages.run().state_dict())
         return Trainer(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report

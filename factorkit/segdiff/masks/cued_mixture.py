@@ -1,4 +1,4 @@
-"""The stage that trains a spatial mixture with a cue for objects, by its own denoising loss."""
+"""The stage that trains a spatial mixture with a cue, by its own denoising loss."""
 
 from __future__ import annotations
 
