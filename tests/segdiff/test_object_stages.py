@@ -16,6 +16,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff import object_stages
 from factorkit.segdiff import train as training
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.masks import distil
 from factorkit.segdiff.masks.cued_mixture import CuedMixtureTask
 from factorkit.segdiff.masks.distil import DistilTask, augment
 from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork, measure_cue
@@ -271,6 +272,30 @@ def test_compare_regions_says_which_number_suits_the_images(tmp_path, monkeypatc
     assert message in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["message"]
 
 
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        (
+            (0.2, 0.22, 0.21, 0.25),
+            "the place explains 9.1% of the noise that is unexplained without it, the cue 4.8%: place-led",
+        ),
+        ((0.2, 0.204, 0.22, 0.25), "the cue 9.1%: colour-led masks"),
+        ((0.2, 0.201, 0.202, 0.203), "both together 1.5% < 5%: neither is trustworthy, check the masks"),
+    ],
+)
+def test_explain_masks_says_what_leads_them(tmp_path, monkeypatch, errors, message):
+    config, images = preset_config("demo", **TINY).resolved(), draw_flowers(16, 16, seed=0)[0]
+    mixture = SpatialMixture(2, object_first=True)
+    names = {(True, 1.0): 0, (False, 1.0): 1, (True, 0.0): 2, (False, 0.0): 3}  # has places, weight of the cue
+
+    def measure_error(self, mixture, weight):
+        return errors[names[mixture.prior_logits.std((1, 2)).max().item() > 1e-6, weight]]
+
+    monkeypatch.setattr(ObjectStages, "measure_error", measure_error)
+    ObjectStages(config, images, tmp_path, {}, torch.device("cpu"), False).explain_masks(mixture, 1.0)
+    assert message in json.loads((tmp_path / "log.jsonl").read_text())["message"]
+
+
 @pytest.mark.slow
 def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatch):
     images = draw_flowers(24, 16, seed=0)[0]
@@ -285,6 +310,13 @@ def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatc
         torch.manual_seed(0)
         weights.append(stages.train_mixtures(SpatialMixture(2, object_first=True))[1])
     assert weights == [1.0, 0.0]
+
+
+def test_gram_and_schmidt_equal_qr(monkeypatch):
+    matrices = torch.eye(3) + 0.15 * torch.randn(50, 3, 3, generator=torch.Generator().manual_seed(0))
+    expected = distil.orthogonalise(matrices)
+    monkeypatch.setattr(distil, "is_readable", lambda x: False)
+    torch.testing.assert_close(distil.orthogonalise(matrices), expected, rtol=0, atol=1e-5)
 
 
 def test_augment_moves_masks_with_their_images():
