@@ -220,7 +220,7 @@ class _StageTimer(Training):
         views_per_second = config.batch_size / seconds
         if isinstance(task, SearchTask):
             start = time.perf_counter()
-            task.errors(0)
+            task.errors()
             seconds += (time.perf_counter() - start) / UPDATE_EVERY
         stage = {"name": name, "steps": config.steps, "views_per_second": views_per_second}
         self.stages.append({**stage, "seconds": preparation + config.steps * seconds})
