@@ -29,7 +29,7 @@ from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "segmentation.json"
 WORKED = 0.8  # IoU from which a run counts as having found the object
-DRAWN_IMAGES = 64  # and as many photos in their place
+DRAWN_IMAGES, DRAWING_STEPS = 64, 10  # and as many photos in their place
 TIMED_STEPS = 8
 
 
@@ -152,7 +152,7 @@ def score_images(run, data, holdout, size: int) -> dict:
 
     photos = pixels_to_images(load_data(data, size, holdout, run.config.mask_set, progress=False)[1].images)
     reference, others = choose_photos(len(photos), DRAWN_IMAGES)
-    drawn = F.avg_pool2d(run.generate(len(others)).images, run.config.resolution // size)
+    drawn = F.avg_pool2d(run.generate(len(others), steps=DRAWING_STEPS).images, run.config.resolution // size)
     return score_drawn(drawn, photos[reference], photos[others]).to_dict()
 
 
