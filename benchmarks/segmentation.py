@@ -129,12 +129,12 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
 
 def score_masks(run, data, holdout, size: int) -> dict:
     """Return the scores of the masks that `segment` returns for the held-out photos of that size."""
-    from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
     from factorkit.segdiff.evaluate import score_foreground_regions
+    from factorkit.segdiff.training_images import load_data
 
     config = run.config
-    dataset = open_dataset(data, holdout=holdout, mask_set=config.mask_set)
+    dataset = load_data(data, config.resolution, holdout, config.mask_set, progress=False)[0]
     values = {"ignore_label": config.ignore, "foreground": config.foreground, "mask_threshold": config.mask_threshold}
     labelled = load_labelled(dataset.test_images, dataset.test_masks, size, **values)
     count = max(1, min(config.num_fit_images, len(labelled) // 2))
