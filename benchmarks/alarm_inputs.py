@@ -130,7 +130,7 @@ def change_images(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the images and probes of :func:`make_images` with one change.
 
-    Those from "shuffled" to "corners" leave no object.
+    Those from "shuffled" to "rows" leave no object.
     """
     kind, _, number = change.partition(" ")
     size = probes.shape[1]
@@ -152,8 +152,23 @@ def change_images(
         corners = (Image.fromarray(image[: size // 3, : size // 3]) for image in images)
         return np.stack([np.array(corner.resize((size, size), Image.Resampling.BICUBIC)) for corner in corners])
 
+    def reorder_rows(images: np.ndarray) -> np.ndarray:
+        order = torch.rand(images.shape[:2], generator=generator).argsort(1).numpy()
+        return np.take_along_axis(images, order[:, :, None, None], 1)
+
+    def tint(images: np.ndarray) -> np.ndarray:
+        gain = 0.4 + 0.6 * torch.rand(len(images), 1, 1, 3, generator=generator).numpy()
+        return (images * gain).astype(np.uint8)
+
+    def blur(images: np.ndarray) -> np.ndarray:
+        small = F.avg_pool2d(torch.from_numpy(images).float().permute(0, 3, 1, 2), int(number))
+        large = F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 255)
+        return large.permute(0, 2, 3, 1).byte().numpy()
+
     if kind == "shuffled":
         return each(shuffle)
+    if kind == "rows":
+        return each(reorder_rows)
     if kind == "corners":
         return each(enlarge_corners)
     if kind == "first":
@@ -168,6 +183,19 @@ def change_images(
             (images + noise.normal(0, int(number), images.shape)).clip(0, 255).astype(np.uint8)
             for images in (training, probes)
         ), truth
+    if kind in ("tinted", "blurred", "dark"):
+        alter = {"tinted": tint, "blurred": blur, "dark": lambda images: (images * 0.3).astype(np.uint8)}[kind]
+        return alter(training), alter(probes), truth
+    if kind == "upside-down":
+        return *(np.ascontiguousarray(images[:, ::-1]) for images in (training, probes)), truth if truth is None else (
+            np.ascontiguousarray(truth[:, ::-1])
+        )
+    if kind == "rolled":  # each around by its own shift, with its foreground
+        rng = np.random.default_rng(0)
+        shifts = [tuple(rng.integers(0, size, 2)) for _ in range(len(training) + len(probes))]
+        roll = lambda images, shifts: np.stack([np.roll(i, s, (0, 1)) for i, s in zip(images, shifts, strict=True)])  # noqa: E731
+        own = shifts[: len(probes)]
+        return roll(training, shifts[len(probes) :]), roll(probes, own), truth if truth is None else roll(truth, own)
     if kind == "negative":
         return 255 - training, 255 - probes, truth
     if kind == "and":  # half of each set

@@ -130,7 +130,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
         training = disturbed(training, seed, **disturbance)
     settings = {"resolution": args.size, **WAYS[way], **changes}
     if settings.get("poses") in ("known", "learned"):  # as many steps as search and refinement have together
-        usual = preset_config(args.preset, resolution=args.size, field=changes.get("field", "grid"))
+        usual = preset_config(args.preset, resolution=args.size, field=changes.get("field", "auto"))
         settings = {"field_steps": usual.search_steps + usual.field_steps, **settings}
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,10 +72,11 @@ class NerfdiffConfig(EngineConfig):
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
 
-    field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians"] = "grid"
+    field: Literal["auto", "grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians"] = "grid"
     """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, tiny-cuda-nn's hash grid and
-    fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The grid is the fastest on a CPU. The pose search
-    always uses a grid, and Gaussians start from one."""
+    fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The pose search always uses a grid, and Gaussians
+    start from one. "auto", the default of the presets "demo" and "fast": Gaussians for views above 64 pixels, the grid
+    for smaller ones, unbounded scenes and search="joint"."""
     num_gaussians: int = 10_000
     """Number of Gaussians, with field="gaussians". Training moves them, but neither adds nor removes any."""
     gaussian_steps: int = 4000
@@ -223,6 +225,20 @@ class NerfdiffConfig(EngineConfig):
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
+    def with_field(self, field: Any) -> NerfdiffConfig:
+        """Return the configuration with another field; settings that the preset sized for the old one follow it."""
+        old, new = _sized(self.resolution, self.field), _sized(self.resolution, field)
+        sizes = {name: new[name] for name, value in old.items() if getattr(self, name) == value}
+        return dataclasses.replace(self, field=field, **sizes)
+
+    def with_choices(self, stored: Mapping[str, Any]) -> NerfdiffConfig:
+        """Return the configuration with those choices by the views that the stored settings of a run have."""
+        if "scene" not in stored:
+            return self
+        config = self.with_field(stored["field"]) if self.field == "auto" else self
+        unbounded = stored.get("unbounded", "no") if config.unbounded == "auto" else config.unbounded
+        return dataclasses.replace(config, unbounded=unbounded)
+
 
 NUM_HEADS = 4  # of the transformer
 #: settings of one encoder alone
@@ -234,7 +250,7 @@ CHOICES = {
     "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
     "ordered": ("auto", "yes", "no"),
-    "field": FIELDS,
+    "field": ("auto", *FIELDS),
     "background": BACKGROUNDS,
     "unbounded": ("auto", "yes", "no"),
     "encoder_pooling": ("flatten", "average"),
@@ -279,12 +295,16 @@ _THESIS = {
 
 
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+MAX_GRID_VIEWS = 64  # pixels of the longer side above which Gaussians reach more dB in the same time than a grid
+
+
+SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 
 
 def _sized(resolution: int, field: str) -> dict[str, Any]:
     """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
-    side = min(max(resolution, 32), MAX_START_GRID if field == "gaussians" else 128)
-    return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
+    side = min(max(resolution, 32), MAX_START_GRID if field in ("auto", "gaussians") else 128)
+    return dict(zip(SIZES, (side, side, round(600 * side / 32)), strict=True))
 
 
 #: changes of search="joint" to the presets "demo" and "fast"
@@ -321,9 +341,12 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
-        field = changes.get("field", NerfdiffConfig.field)
-        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution), field)
-        settings = settings | {"occupancy": field not in ("grid", "gaussians")}
+        field, resolution = changes.get("field", "auto"), changes.get("resolution", NerfdiffConfig.resolution)
+        if field == "auto" and (resolution <= MAX_GRID_VIEWS or changes.get("search") == "joint"):
+            field = "grid"
+        changes = {**changes, "field": field}
+        settings = settings | _sized(resolution, field)
+        settings = settings | {"occupancy": field not in ("auto", "grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     if changes.get("encoder") == "vit":

@@ -199,9 +199,7 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
     """
     folder, config = request.folder, _sfm_config(request.config)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
-        requested = {**request.settings, **config.to_dict(), "scene": stored["scene"]}
-        if config.unbounded == "auto":
-            requested["unbounded"] = stored["unbounded"]
+        requested = {**request.settings, **config.with_choices(stored).to_dict(), "scene": stored["scene"]}
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
         place = locked(folder)
     else:

@@ -19,7 +19,7 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.config import MAX_GRID_VIEWS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
@@ -98,7 +98,7 @@ def train_nerfdiff(
         config = choose_capture_settings(search.config, scene, stored)
         settings |= config.to_dict()
         if progress:
-            print_notes([*search.notes, *list_notes(views, scene, config)])
+            print_notes([*search.notes, *list_notes(views, scene, config, search.config)])
 
         complete = partial(complete_settings, folder=folder, requested=settings)
         run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
@@ -178,7 +178,7 @@ def estimate(
         notes.append("A dry run finds no cameras by structure from motion: the stages are timed with the dictionary.")
         config = dataclasses.replace(config, search="dictionary")
     views, scene, settings = _prepare(source, PoseSearch(config), preset, device, reading, box)
-    config = choose_capture_settings(config, scene)
+    requested, config = config, choose_capture_settings(config, scene)
     settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
@@ -191,7 +191,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": [*notes, *list_notes(views, scene, config)],
+        "notes": [*notes, *list_notes(views, scene, config, requested)],
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -220,7 +220,7 @@ class _StageTimer(Training):
         views_per_second = config.batch_size / seconds
         if isinstance(task, SearchTask):
             start = time.perf_counter()
-            task.errors(0)
+            task.errors()
             seconds += (time.perf_counter() - start) / UPDATE_EVERY
         stage = {"name": name, "steps": config.steps, "views_per_second": views_per_second}
         self.stages.append({**stage, "seconds": preparation + config.steps * seconds})
@@ -240,9 +240,10 @@ class _StageTimer(Training):
 def choose_capture_settings(
     config: NerfdiffConfig, scene: Scene, stored: Mapping[str, Any] = MappingProxyType({})
 ) -> NerfdiffConfig:
-    """Return the configuration with what is open chosen by the views: ``optimize_camera``, ``ordered``, ``unbounded``.
+    """Return the configuration with what is open chosen by the views.
 
-    The choice of ``stored`` settings, those of a run that is resumed, stays.
+    These are ``optimize_camera``, ``ordered``, ``unbounded`` and ``field``. The choices of ``stored`` settings, those
+    of a run that is resumed, stay.
     """
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
@@ -258,15 +259,28 @@ def choose_capture_settings(
         ordered = stored.get("ordered", "no")
     if ordered == "auto":
         ordered = "yes" if searched and find_order(scene) is not None else "no"
-    if config.unbounded == "auto" and "scene" in stored:
-        config = dataclasses.replace(config, unbounded=stored.get("unbounded", "no"))
+    config = config.with_choices(stored)
     unbounded = choose_unbounded(config, scene)
+    if config.field == "auto":
+        config = config.with_field("grid" if unbounded == "yes" else "gaussians")
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
-def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
-    """Return sentences for the user on how the views were read and prepared with the settings of a run."""
+def list_notes(
+    views: Views, scene: Scene, config: NerfdiffConfig, requested: NerfdiffConfig | None = None
+) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared, and on what was chosen by them.
+
+    Args:
+        views: as read.
+        scene: prepared from them.
+        config: of the run.
+        requested: the configuration before the choices by the views; None: without them.
+    """
     notes = [*views.notes, *([scene.note] if scene.note else [])]
+    if requested is not None and config.field != requested.field:
+        reason = "the scene is unbounded" if config.unbounded == "yes" else f"views above {MAX_GRID_VIEWS} pixels"
+        notes.append(f'field="{config.field}": {reason} (--field).')
     if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
         notes.append(
             "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
@@ -324,7 +338,7 @@ def _prepare(
         raise DataError(
             f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
         )
-    if config.field == "gaussians":
+    if config.field in ("auto", "gaussians"):
         needed, what = config.num_gaussians * TRAINING_BYTES, f"num_gaussians={config.num_gaussians}: they"
         require_memory(needed, device, what, "train fewer")
     if scene.layout == "forward" and config.pose_parameters:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import SceneLayout, Views
+from factorkit.nerfdiff.config import SIZES
 from factorkit.nerfdiff.scene import Scene, shared_camera
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.files import read_arrays, replacing
@@ -177,9 +178,8 @@ def complete_settings(settings: dict[str, Any], folder: Path, requested: dict[st
     settings = {"ordered": "no", **settings}
     scene = settings.get("scene")
     if scene is None:  # claimed before structure from motion
-        return settings | {
-            name: requested[name] for name in ("scene", "search", "ordered", "optimize_camera", "unbounded")
-        }
+        chosen = ("scene", "search", "ordered", "optimize_camera", "unbounded", "field", *SIZES)
+        return settings | {name: requested[name] for name in chosen}
     if not isinstance(scene, dict) or "intrinsics" in scene:
         return settings
     stored = None

@@ -95,6 +95,11 @@ class Trainings:
         """Return the resolved configuration of :meth:`train` with the same changes."""
         return preset_config(self.preset, **{**self.settings, **changes}).resolved()
 
+    @property
+    def chooses_regions(self) -> bool:
+        """Whether :meth:`train` without regions= chooses K by the images."""
+        return preset_config(self.preset, **self.settings).regions is None
+
     def folder(self, label: str, seed: int) -> Path:
         """Return the folder of the training ``label``. At full scale, where presets differ, its name has the preset."""
         return self.setup.run_folder(f"{self.preset}-{label}" if self.setup.scale == "full" else label, seed)

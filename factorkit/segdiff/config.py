@@ -21,6 +21,7 @@ from factorkit.segdiff.presets import ARCHITECTURES, FORMS, PRESETS
 from factorkit.utils.errors import ConfigError, did_you_mean
 
 MIN_LATENT_SIDE = 8  # of the latents of the training images
+OPEN_REGIONS = 3  # where none are given; masks="auto" starts from it and may choose 2
 MAX_REGIONS = 256  # label images hold one byte per pixel
 Prediction = Literal["eps", "v", "x0", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "flow"]
@@ -35,15 +36,13 @@ class SegdiffConfig(EngineConfig):
     resolution: int = 64
     """Side of the training images in pixels. Photos are cropped to their central square and resized. The thesis uses 64
     and 128; 32 suffices for a first look on a CPU."""
-    regions: Annotated[int | tuple[int, ...], arg(metavar="INT [INT ...]")] = 3
-    """Number K of soft regions; 1 is the plain DDPM. The thesis uses 3. Several numbers define a hierarchy: 3 3 splits
-    the image into 3 regions and each of them into 3."""
+    regions: Annotated[int | tuple[int, ...] | None, arg(metavar="INT [INT ...]")] = None
+    """Number K of soft regions; 1 is the plain DDPM. By default 2 or 3 with masks="auto", as suits the images, else the
+    preset's, or 3 as in the thesis. Several numbers define a hierarchy: 3 3 splits each of 3 regions into 3."""
     form: Literal["regional", "thesis"] = "regional"
-    """"thesis" is the model exactly as in the thesis. "regional" adds what makes the regions follow content at modest
-    budgets."""
+    """"thesis": exactly as in the thesis. "regional" adds what makes the regions follow content at modest budgets."""
     decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
     """How the branches see the masks. The last three are the ablations of table 2.6."""
-
     backbone: Literal["unet", "uvit"] = "unet"
     """Network inside: the thesis' U-Net, or a transformer with long skips (U-ViT). With a preset, its sizes are then
     those of the preset uvit32."""
@@ -96,11 +95,10 @@ class SegdiffConfig(EngineConfig):
     half_resolution_masks: bool | None = None
     """Predict the masks at half the resolution. By default in the regional form with masks="network"."""
     checkpoint_branches: bool = False
-    """Run the branches one by one in training and again in the backward pass. This is slower but needs the memory of
-    one branch only."""
+    """Train the branches one by one and run them again in the backward pass: slower, with the memory of one branch."""
     mask_learning_rate: float | None = None
-    """Factor on the learning rate of the mask proposer. By default 0.3 in the regional form, 1 in the thesis' and 100
-    for masks="mixture", whose prior receives a small gradient."""
+    """Factor on the learning rate of the masks. By default 0.3 in the regional form, 1 in the thesis', 100 for
+    masks="mixture", whose prior receives a small gradient."""
     t_max: int | None = None
     """Most time steps are drawn from [0, t_max). By default 600 of 1000 in the regional form, 720 from 64 pixels on,
     and the same noise on other schedules; all time steps in the thesis' form."""
@@ -108,8 +106,7 @@ class SegdiffConfig(EngineConfig):
     """Fraction of the samples whose time step is drawn from [t_max, T) instead, so that generation can start from pure
     noise. By default 0.1 in the regional form, and 0 in the thesis' and where t_max leaves no such steps."""
     coarse_to_fine: tuple[int, int] | None = None
-    """Steps between which the loss weight goes from (1 - alpha_bar) to 1. By default (50, 150) in the regional form;
-    (0, 0) turns it off."""
+    """Steps between which the loss weight goes from (1 - alpha_bar) to 1. By default (50, 150); thesis: (0, 0)."""
     timesteps: int = 1000
     """Length T of the noise schedule. 1000 is the value of the thesis."""
     random_flip: bool = True
@@ -125,8 +122,7 @@ class SegdiffConfig(EngineConfig):
     mask_set: str | None = None
     """Which masks are scored, of a data set that has several; by default the first. See factorkit prepare --list."""
     ignore: int | None = None
-    """Mask value of pixels that are not scored. By default decided from the values: 255 beside small labels, the border
-    of a trimap, else none."""
+    """Mask value that is not scored. By default 255 beside small labels, the border of a trimap, else none."""
     foreground: tuple[int, ...] | None = None
     """Mask values of the foreground. By default decided from the values: all above 0, or as in a trimap."""
     mask_threshold: int | None = None
@@ -143,15 +139,15 @@ class SegdiffConfig(EngineConfig):
     """Channels of the latents, and by how much their sides are smaller; `train_segdiff(latent=)` sets both."""
     latent_factor: Suppress[int] = 1
     label_dropout: float = 0.1
-    """Fraction of the class labels dropped in training, so that generation can be guided. 0.1 is usual (Ho & Salimans
-    2022)."""
+    """Fraction of the class labels dropped in training, so that generation can be guided (Ho & Salimans 2022)."""
 
     RESUMABLE = EngineConfig.RESUMABLE | {"checkpoint_branches", "latent"}
 
     @property
     def nesting(self) -> tuple[int, ...]:
-        """Number of regions into which each level splits, the coarsest first."""
-        return (self.regions,) if isinstance(self.regions, int) else tuple(self.regions)
+        """Number of regions into which each level splits, the coarsest first; OPEN_REGIONS where it is open."""
+        regions = OPEN_REGIONS if self.regions is None else self.regions
+        return (regions,) if isinstance(regions, int) else tuple(regions)
 
     @property
     def num_leaf_regions(self) -> int:
@@ -173,8 +169,6 @@ class SegdiffConfig(EngineConfig):
         if len(self.nesting) > 1:
             note = f'masks="network": regions={self.nesting} split regions, and masks="auto" whole images only'
             return "network", note
-        if self.latent_channels:
-            return "network", 'masks="network": masks="auto" measures pixels, and latent= is given'
         network_settings = ("normalised_logits", "half_resolution_masks", "mask_learning_rate")
         if own := [name for name in network_settings if getattr(self, name) is not None]:
             return "network", f'masks="network": {own[0]}= is given, which masks="auto" does not have'
@@ -219,8 +213,7 @@ class SegdiffConfig(EngineConfig):
             defaults["high_noise_fraction"] = 0.0
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= {name: value for name, value in defaults.items() if settings[name] is None}
-        if len(self.nesting) == 1:
-            settings["regions"] = self.nesting[0]  # (3,) and 3 are one setting
+        settings["regions"] = self.nesting[0] if len(self.nesting) == 1 else self.nesting  # (3,) and 3 are one setting
         if masks != "auto":
             settings["cue_weight"] = None  # as in stored runs: nothing else reads it
         config = ResolvedSegdiffConfig(**settings)
@@ -254,6 +247,7 @@ class SegdiffConfig(EngineConfig):
 class ResolvedSegdiffConfig(SegdiffConfig):
     """A configuration without open settings, as :meth:`SegdiffConfig.resolved` returns it and runs store it."""
 
+    regions: int | tuple[int, ...]
     prediction: Prediction
     schedule: NoiseSchedule
     masks: Masks
@@ -293,9 +287,9 @@ class ResolvedSegdiffConfig(SegdiffConfig):
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if self.cue_weight is not None and not 0 <= self.cue_weight < math.inf:
             raise ConfigError(f"cue_weight={self.cue_weight} must be a finite number, 0 or more")
-        if self.latent_channels and self.masks != "network":
+        if self.latent_channels and self.masks == "mixture":
             raise ConfigError(
-                f"masks={self.masks!r} measures colours of pixels, not latents; leave it out, or leave latent= out"
+                "masks='mixture' measures colours of pixels, not latents; leave it out, or leave latent= out"
             )
         if self.latent_channels and (self.resolution % self.latent_factor or self.side < MIN_LATENT_SIDE):
             raise ConfigError(
@@ -397,4 +391,8 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
     backbone, usual = changes.get("backbone"), settings.get("backbone", SegdiffConfig.backbone)
     if preset and backbone in ARCHITECTURES and backbone != usual:
         settings = {k: v for k, v in settings.items() if k not in ARCHITECTURES[usual]} | ARCHITECTURES[backbone]
-    return SegdiffConfig.from_dict({**settings, **changes})
+    regions = settings.pop("regions", OPEN_REGIONS)
+    config = SegdiffConfig.from_dict({**settings, **changes})
+    if config.regions is None and (isinstance(regions, tuple) or config.choose_masks()[0] != "auto"):
+        config.regions = regions  # else masks="auto" chooses it
+    return config

@@ -69,8 +69,11 @@ class HierarchicalDenoiser(Denoiser):
         means = (branches[:, :, None] + parts.branches.unflatten(0, masks.shape[:2])) / 2
         return Denoised(prediction, Regions(_multiply(masks, parts.masks), means.flatten(1, 2), levels=levels))
 
-    def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Return the masks of the deepest level alone, [B, prod(nesting), H, W]; no decoder is run."""
+    def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, images: Tensor | None = None) -> Tensor:
+        """Return the masks of the deepest level alone, [B, prod(nesting), H, W]; no decoder is run.
+
+        ``images``, those of the latents x_t, are not used: no level has masks that follow pixels.
+        """
         return self._segment(0, x_t, t, cond, None)
 
     def _segment(self, level: int, x: Tensor, t: Tensor, cond: Tensor | None, within: Tensor | None) -> Tensor:

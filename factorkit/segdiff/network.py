@@ -152,7 +152,7 @@ class FactorizedDenoiser(Denoiser):
             self.decoder: nn.Module = backbone.build_decoder(backbone.image_channels)
             return
         if masks == "auto":
-            self.masks = ObjectMasks(regions, self.resolution).requires_grad_(False)
+            self.masks = ObjectMasks(regions, self.resolution, backbone.image_channels).requires_grad_(False)
         elif masks == "mixture":
             self.masks = SpatialMixture(regions)
         else:
@@ -192,12 +192,22 @@ class FactorizedDenoiser(Denoiser):
         masks, prediction = ops.region_blend(logits, branches)
         return Denoised(prediction, Regions(masks, branches.unflatten(0, masks.shape[:2]), score))
 
-    def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, within: Tensor | None = None) -> Tensor:
-        """Return the masks alone, [B, K, H, W]; the decoders are never run. Arguments as of :meth:`forward`."""
+    def segment(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        within: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """Return the masks alone, [B, K, H, W]; the decoders are never run. Arguments as of :meth:`forward`.
+
+        ``images``: as of :meth:`MaskProposer.segment`.
+        """
         if self.masks is None:
             return torch.ones_like(x_t[:, :1])
         encoding = self._encode(x_t, t, cond) if self.masks.needs_encoding else None
-        return self.masks.segment(x_t, encoding, within, t)
+        return self.masks.segment(x_t, encoding, within, t, images)
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that learn at ``mask_learning_rate``; none for ``regions=1``."""

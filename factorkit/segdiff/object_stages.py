@@ -3,9 +3,12 @@
 1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`),
    and another without the cue (`stages/mixture_without_cue`). The cue is used if it explains enough. A third one, of
    two regions in place of three or the reverse (`stages/mixture_of_other_regions`), shows which number suits better.
+   A run without `regions=` takes that number; its choice is in `regions.json`.
 2. Its masks of the clean images give the shapes of the set, and these the teacher's masks; nothing is trained.
 3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
 4. Its masks of the clean images, with place and cue, give the shapes that segmenting uses.
+
+The mask network of a latent run sees latents; everything else measures the pixels of the images.
 
 A stage that is finished is loaded; what is not trained is computed again and is the same each time.
 """
@@ -13,20 +16,22 @@ A stage that is finished is loaded; what is not trained is computed again and is
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.run_folder import read_object, write_json
 from factorkit.engine.run_log import RunLog
-from factorkit.engine.step import StepLoss, Task
+from factorkit.engine.step import Task
 from factorkit.engine.trainer import Trainer
-from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.config import OPEN_REGIONS, ResolvedSegdiffConfig
+from factorkit.segdiff.masks.cued_mixture import CuedMixtureTask
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import (
     LOGITS_SIDE,
@@ -39,22 +44,16 @@ from factorkit.segdiff.masks.objects import (
     scale_lab,
 )
 from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
-from factorkit.segdiff.masks.spatial_mixture import (
-    EM_ROUNDS,
-    SpatialMixture,
-    fit_mixture,
-    noise_error,
-    unexplained_noise,
-)
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, unexplained_noise
 from factorkit.segdiff.masks.typical import MIN_IMAGES, measure_appearance
 from factorkit.utils import distributed
 from factorkit.utils.images import pixels_to_signed
-from factorkit.utils.rng import BatchDraw, derived_seed
+from factorkit.utils.rng import derived_seed
 
 MAX_IMAGES = 1024  # of the training set that the stages use
 MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
 MAX_CUE_SIDE = 64  # pixels of the cues that are kept
-MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
+MAX_LATENT_IMAGE_SIDE = 64  # pixels of the images of a latent run, as the stages use them
 STAGE_BATCH_SIZE = 16
 TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 # The cue is used if it explains so much of the noise that the mixture leaves unexplained without it (docs/results.md).
@@ -62,6 +61,9 @@ MIN_CUE_GAIN = 0.015
 MIN_CUE_IMAGES, MAX_CUE_IMAGES = 16, 200  # of the training set that decide; with fewer the cue is used
 # Three regions suit the images if the third explains so much of the noise that two leave (docs/results.md).
 MIN_REGION_GAIN = 0.03
+REGIONS_FILE = "regions.json"  # of a run without `regions=`: the choice, and the mixture and the cue it was made with
+MIN_EXPLAINED = 0.05  # by place and cue together, below which the log trusts neither (docs/results.md)
+OTHER_STAGE = "mixture_of_other_regions"
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -78,56 +80,6 @@ COMMON: dict[str, Any] = {
 }
 
 
-class CuedMixtureTask:
-    """Train a spatial mixture with a cue by its own denoising loss.
-
-    Mirror images are left out: they would blur the places of things that face one way (docs/results.md).
-
-    Args:
-        config: of the stage.
-        mixture: to train.
-        size: number of images N.
-        load: returns images [N, 3, S, S] in [-1, 1] and cues [N, S, S], on the device of the training; called when the
-            first step needs them.
-        schedule: of the noise.
-    """
-
-    capturable = False
-
-    def __init__(
-        self,
-        config: ResolvedSegdiffConfig,
-        mixture: SpatialMixture,
-        size: int,
-        load: Callable[[], tuple[Tensor, Tensor]],
-        schedule: Schedule,
-    ):
-        self.config, self.size, self.load = config, size, cache(load)
-        self.model: nn.Module = mixture
-        self.schedule = schedule
-        self.t_max = max(1, schedule.find_matching_time(MIXTURE_TIME, Schedule()))
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the prior at the learning rate."""
-        return [{"params": list(self.model.parameters()), "scale": 1.0}]
-
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        """Return the noise that the mixture leaves unexplained in the images ``indices``."""
-        images, cues = self.load()
-        rows = indices.to(images.device)
-        x0, cue = images[rows], cues[rows]
-        t, eps = draw.integers(0, self.t_max), draw.normal(*x0.shape[1:])
-        x_t = self.schedule.noise(x0, eps, t)
-        logits, score = fit_mixture(x_t, cast(SpatialMixture, self.model).cued_prior(cue), EM_ROUNDS)
-        error = noise_error(cast(Tensor, score), self.schedule, eps, t)
-        metrics = {"areas": logits.detach().softmax(1).mean((0, 2, 3))}
-        return StepLoss(error, error.detach(), t / self.schedule.steps, metrics)
-
-    def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
-        """Return nothing: the run that uses the masks has sample grids and alarms."""
-        return {}
-
-
 class ObjectStages:
     """Train the stages in the folder of a run.
 
@@ -138,6 +90,7 @@ class ObjectStages:
         settings: stored with every checkpoint.
         device: of the training.
         progress: show progress bars.
+        latents: fp16 [N, V, C, h, w] of a latent run; those of the first view are of the images.
     """
 
     def __init__(
@@ -148,42 +101,83 @@ class ObjectStages:
         settings: dict[str, Any],
         device: torch.device,
         progress: bool,
+        latents: np.ndarray | None = None,
     ):
         self.config, self.folder, self.settings = config, folder, settings
         self.device, self.progress, self.schedule = device, progress, config.build_schedule(device)
         rows = np.arange(len(images))
         if len(images) > MAX_IMAGES:
             rows = np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(int)
-            self.log(f"the object stages use {MAX_IMAGES} of {len(images)} images, evenly spaced")
-        self.images = images if len(rows) == len(images) else images[rows]
+        self.num_images = len(images)
+        all_used = len(rows) == len(images)
+        self.images = images if all_used else images[rows]
+        self.latents = latents if latents is None or all_used else latents[rows]
+        self.side = min(MAX_LATENT_IMAGE_SIDE, config.resolution) if config.latent_channels else config.resolution
 
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
-        config = self.config
-        torch.manual_seed(derived_seed("object masks", config.seed))
-        masks = ObjectMasks(config.num_leaf_regions, config.resolution)
-        masks.mixture, weight = self.train_mixtures(masks.mixture)
+        if self.num_images > MAX_IMAGES:
+            self.log(f"the object stages use {MAX_IMAGES} of {self.num_images} images, evenly spaced")
+        masks = self.new_masks()
+        masks.mixture, weight = self.find_mixture(masks.mixture)
+        self.explain_masks(masks.mixture, weight)
         masks.cue_weight.fill_(weight)
-        self.compare_regions(masks.mixture, weight)
         masks.network = self.train_network(masks.network, masks.mixture, weight)
         masks = masks.to(self.device).eval().requires_grad_(False)
 
         def segment_coarsely(images: Tensor, rows: slice) -> Tensor:
             t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-            return to_coarse(masks.align_coarsely(images, masks.network(images, t).softmax(1)))
+            coarse = masks.network(self.find_inputs(images, rows), t).softmax(1)
+            return to_coarse(masks.align_coarsely(images, resize(coarse, *images.shape[2:])))
 
         masks.shape.fit(self.map_images(segment_coarsely))
+        every = max(1, len(self.images) // TYPICAL_IMAGES)
 
         def measure(images: Tensor, rows: slice) -> Tensor:
             t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-            doubts = masks.measure_doubts(images, masks.segment(images, t=t))
+            inputs = self.find_inputs(images, rows, every)
+            doubts = masks.measure_doubts(inputs, masks.segment(inputs, t=t, images=images))
             return torch.cat([doubts, measure_appearance(scale_lab(images))], 1)
 
-        figures = self.map_images(measure, every=max(1, len(self.images) // TYPICAL_IMAGES))
+        figures = self.map_images(measure, every)
         masks.typical.fit(figures[:, :2], figures[:, 2:])
         if masks.typical.limits.isinf().any():
             self.log(f"photos unlike the training set will not be named: that takes at least {MIN_IMAGES} images")
         return masks
+
+    def find_inputs(self, images: Tensor, rows: slice, every: int = 1) -> Tensor:
+        """Return what the mask network sees of images of :meth:`map_images`: themselves, or their latents."""
+        if self.latents is None:
+            return images
+        return torch.from_numpy(np.array(self.latents[::every][rows, 0])).float().to(self.device)
+
+    def new_masks(self) -> ObjectMasks:
+        """Return untrained masks of the run, always the same."""
+        torch.manual_seed(derived_seed("object masks", self.config.seed))
+        return ObjectMasks(self.config.num_leaf_regions, self.config.side, self.config.latent_channels or 3)
+
+    def choose_regions(self) -> int:
+        """Return the number of regions that suits the images, 2 or 3, and keep the choice in the folder. Collective.
+
+        The configuration must have OPEN_REGIONS regions. The mixture of the chosen number is that of :meth:`run`.
+        """
+        path = self.folder / REGIONS_FILE
+        if not distributed.run_on_first(path.exists):
+            mixture, weight = self.train_mixtures(self.new_masks().mixture)
+            regions = self.compare_regions(mixture, weight, choose=True)
+            stage = "mixture" if regions == OPEN_REGIONS else OTHER_STAGE
+            choice = {"regions": regions, "stage": stage, "cue_weight": weight}
+            distributed.run_on_first(lambda: write_json(path, choice))
+        return int(distributed.run_on_first(lambda: read_object(path))["regions"])
+
+    def find_mixture(self, start: SpatialMixture) -> tuple[SpatialMixture, float]:
+        """Return the trained spatial mixture of the run, and the weight of its cue; ``start`` is untrained."""
+        path = self.folder / REGIONS_FILE
+        if choice := distributed.run_on_first(lambda: read_object(path) if path.exists() else None):
+            return self.train_mixture(choice["stage"], start, choice["cue_weight"]), choice["cue_weight"]
+        mixture, weight = self.train_mixtures(start)
+        self.compare_regions(mixture, weight)
+        return mixture, weight
 
     @cached_property
     def cues(self) -> Tensor:
@@ -225,24 +219,51 @@ class ObjectStages:
         images, cues = (values[:: max(1, len(self.images) // MAX_CUE_IMAGES)] for values in self.small_images)
         return unexplained_noise(mixture.to(self.device), images, self.schedule, weight * cues)
 
-    def compare_regions(self, mixture: SpatialMixture, weight: float) -> None:
-        """Log whether two regions or three suit the images, once; the number stays as configured."""
+    def compare_regions(self, mixture: SpatialMixture, weight: float, choose: bool = False) -> int:
+        """Return which number of regions suits the images, and log it with its reason, once.
+
+        Args:
+            mixture: of the configured number.
+            weight: of its cue.
+            choose: the number is open, and the result is used; else the configured one is.
+        """
         regions = self.config.num_leaf_regions
-        if (self.folder / "stages" / "distil").exists():
-            return
-        if regions not in (2, 3) or len(self.images) < MIN_CUE_IMAGES:
-            reason = f"with fewer than {MIN_CUE_IMAGES} images" if regions in (2, 3) else "beyond 2 and 3"
+        if not choose and (self.folder / "stages" / "distil").exists():
+            return regions
+        checked = len(self.images) >= MIN_CUE_IMAGES
+        if choose and not checked:
+            self.log(f"regions={regions}, chosen: fewer than {MIN_CUE_IMAGES} images decide nothing")
+            return regions
+        if regions not in (2, 3) or not checked:
+            reason = "beyond 2 and 3" if checked else f"with fewer than {MIN_CUE_IMAGES} images"
             self.log(f"whether another number than regions={regions} suits the images was not checked {reason}")
-            return
-        other = self.train_mixture("mixture_of_other_regions", SpatialMixture(5 - regions, object_first=True), weight)
+            return regions
+        other = self.train_mixture(OTHER_STAGE, SpatialMixture(5 - regions, object_first=True), weight)
         errors = {regions: self.measure_error(mixture, weight), 5 - regions: self.measure_error(other, weight)}
         gain = 1 - errors[3] / errors[2]
         suited = 3 if gain >= MIN_REGION_GAIN else 2
         advice = "as configured" if suited == regions else f"try regions={suited} in another out="
         self.log(
             f"a third region explains {gain:.1%} of the unexplained noise, the limit is {MIN_REGION_GAIN:.1%}: "
-            f"{suited} regions suit the images, {advice}"
+            f"{suited} regions suit the images, {'chosen' if choose else advice}"
         )
+        return suited
+
+    def explain_masks(self, mixture: SpatialMixture, weight: float) -> None:
+        """Log once whether place or cue leads the masks, by the noise that each explains beside the other."""
+        if (self.folder / "stages" / "distil").exists() or len(self.images) < MIN_CUE_IMAGES:
+            return
+        flat = copy.deepcopy(mixture).requires_grad_(False)
+        flat.prior_logits.copy_(flat.prior_logits.mean((1, 2), keepdim=True).expand_as(flat.prior_logits))
+        error = self.measure_error(mixture, weight)
+        without = (flat, weight), (mixture, 0.0), (flat, 0.0)
+        place, cue, both = (1 - error / self.measure_error(*each) for each in without)
+        message = f"the place explains {place:.1%} of the noise that is unexplained without it, the cue {cue:.1%}"
+        if both < MIN_EXPLAINED:
+            advice = f"both together {both:.1%} < {MIN_EXPLAINED:.0%}: neither is trustworthy, check the masks"
+        else:
+            advice = "place-led masks" if place >= cue else "colour-led masks"
+        self.log(f"{message}: {advice}")
 
     def train_mixture(self, name: str, mixture: SpatialMixture, weight: float) -> SpatialMixture:
         """Train a spatial mixture whose cue has this weight on small copies of the images."""
@@ -261,7 +282,8 @@ class ObjectStages:
 
         def build_task(config: ResolvedSegdiffConfig) -> Task:
             teach = partial(self.teach, mixture, weight)
-            return DistilTask(config, network, self.images, teach, self.config.random_flip, self.schedule)
+            inputs = self.images if self.latents is None else self.latents
+            return DistilTask(config, network, inputs, teach, self.config.random_flip, self.schedule)
 
         return self.train_stage("distil", build_task, network, steps=self.config.distil_steps, **DISTIL_STAGE)
 
@@ -284,7 +306,7 @@ class ObjectStages:
 
     @torch.no_grad()
     def map_images(self, work: Callable[[Tensor, slice], Tensor], every: int = 1) -> Tensor:
-        """Return ``work(images, rows)`` of all or ``every`` so many images [n, 3, R, R], in batches, on the CPU.
+        """Return ``work(images, rows)`` of all or ``every`` so many images [n, 3, S, S], in batches, on the CPU.
 
         Collective. ``rows`` are those of the images used.
         """
@@ -295,7 +317,7 @@ class ObjectStages:
             for start in range(rows.start, rows.stop, BATCH_SIZE):
                 batch = slice(start, min(start + BATCH_SIZE, rows.stop))
                 images = pixels_to_signed(torch.from_numpy(np.array(used[batch]))).contiguous()
-                parts.append(work(images.to(self.device), batch).cpu())
+                parts.append(work(resize(images.to(self.device), self.side, self.side), batch).cpu())
             return torch.cat(parts)
 
         return distributed.map_shares(share, len(used))
@@ -346,7 +368,10 @@ class TimedStages(ObjectStages):
     def __init__(self, config: ResolvedSegdiffConfig, device: torch.device):
         shape = (STAGE_BATCH_SIZE, config.resolution, config.resolution, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        super().__init__(config, noise, Path("."), {}, device, progress=False)
+        latents = None
+        if config.latent_channels:
+            latents = np.zeros((STAGE_BATCH_SIZE, 1, config.latent_channels, config.side, config.side), np.float16)
+        super().__init__(config, noise, Path(os.devnull), {}, device, False, latents)
         self.seconds = 0.0
 
     def train_stage(self, name: str, build_task: Any, model: nn.Module, steps: int, **changes: Any) -> Any:

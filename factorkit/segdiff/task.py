@@ -203,7 +203,7 @@ class SegdiffTask(ImageTask):
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         masks_of_flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
         alarms = measure_alarms(self.probes, masks, masks_of_flipped, objects=self.config.masks == "auto")
-        if self.config.masks == "network":
+        if self.config.masks == "network" or self.config.latent_channels:
             return alarms
         proposer = cast(MaskProposer, model.masks)
         error = unexplained_noise(proposer, self.probes, self.schedule)

@@ -18,7 +18,7 @@ from torch import nn
 from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
+from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device, to_python
 from factorkit.engine.run_folder import CONFIG, claimed, copy_folder, read_object, read_settings, write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.engine.trainer import Trainer
@@ -46,7 +46,7 @@ from factorkit.segdiff.latents import (
     store_space,
 )
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
-from factorkit.segdiff.object_stages import ObjectStages, TimedStages
+from factorkit.segdiff.object_stages import REGIONS_FILE, ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.training_images import DATA_NAME, describe_data, load_data
@@ -60,6 +60,7 @@ from factorkit.utils.images import pixels_to_images
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
+FEW_LATENTS, USUAL_LATENTS = 16, 32  # a side
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
 
 
@@ -117,8 +118,14 @@ def train_segdiff(
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
     given, autoencoder = settle_latents(preset_config(preset, **changes), folder)
-    given, note = settle_masks(given, folder)
+    given, note = settle_regions(given, folder)
     config = given.resolved()
+    if config.latent_channels and config.side < FEW_LATENTS:
+        wide = USUAL_LATENTS * config.latent_factor
+        note += (
+            f"\nlatent=: photos of {config.resolution} pixels are {config.side} x {config.side} latents, which show "
+            f"little; with resolution={wide} they are {USUAL_LATENTS} x {USUAL_LATENTS}"
+        )
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
@@ -127,7 +134,7 @@ def train_segdiff(
     join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     if progress and note:
-        distributed.run_on_first(lambda: print(note, file=sys.stderr))
+        distributed.run_on_first(lambda: print(note.strip(), file=sys.stderr))
     with distributed.first_on_machine():
         dataset, prepared, probes = load_data(
             data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
@@ -139,6 +146,8 @@ def train_segdiff(
         labels = image_classes.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
     settings["data"] = describe_data(dataset, prepared, labels)
+    if given.regions is None:
+        settings["regions"] = None  # until the stages have chosen it
     if autoencoder is not None:
         settings["autoencoder"] = hash_autoencoder(autoencoder)
 
@@ -155,7 +164,8 @@ def train_segdiff(
         task = SegdiffTask(config, images, probes, device, labels, space)
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
-            stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
+            latents = None if space is None else images
+            stages = ObjectStages(config, prepared.images, folder, meta, device, progress, latents)
             cast(nn.Module, cast(FactorizedDenoiser, task.model).masks).load_state_dict(stages.run().state_dict())
         return Trainer(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
@@ -164,6 +174,12 @@ def train_segdiff(
     resumable = config.RESUMABLE | {DATA_NAME} | (STAGE_SETTINGS if config.masks != "auto" else set())
     run_folder = claimed(folder, settings, resumable)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+        if given.regions is None:
+            meta = settings | config.to_dict()
+            stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
+            settings["regions"] = regions = stages.choose_regions()
+            config = dataclasses.replace(config, regions=regions)
+            distributed.run_on_first(lambda: write_json(folder / CONFIG, settings))
         if seed_trials > 1:
             config = run_seed_trials(config, folder, seed_trials, make_trainer)
         make_trainer(config, folder).run()
@@ -206,17 +222,23 @@ def encode_images(
     return space, space.encode_all(images, random_flip, device).numpy()
 
 
-def settle_masks(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:
-    """Return the settings with ``masks`` as a run in ``folder`` needs it, and a line on why it is not the default.
+def settle_regions(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:
+    """Return the settings with ``masks`` and ``regions`` as a run in ``folder`` needs them, and why in lines.
 
-    A run that was started with masks="network", once the default, resumes with it.
+    A run that was started with masks="network", once the default, resumes with it, and one with a number of regions
+    too. ``regions`` stays None where masks="auto" chooses the number.
     """
     masks, note = config.choose_masks()
-    if config.masks is None and masks == "auto" and (folder / CONFIG).exists():
-        stored = read_settings(folder)
-        if stored.get("model") == "segdiff" and stored.get("masks") == "network":
-            masks, note = "network", f'masks="network": {folder} was started with it'
-    return dataclasses.replace(config, masks=masks), note
+    regions, notes = config.regions, [note] if note else []
+    stored = read_settings(folder) if (folder / CONFIG).exists() else {}
+    if stored.get("model") == "segdiff":
+        if config.masks is None and masks == "auto" and stored.get("masks") == "network":
+            masks, notes = "network", [f'masks="network": {folder} was started with it']
+        if regions is None and stored.get("regions") is not None:
+            regions = to_python(stored["regions"])
+            if not (folder / REGIONS_FILE).exists():
+                notes.append(f"regions={regions}: {folder} was started with it")
+    return dataclasses.replace(config, masks=masks, regions=regions), "\n".join(notes)
 
 
 def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
@@ -319,13 +341,15 @@ def estimate(
         **changes: settings.
 
     Returns:
-        parameters, images_per_second, seconds (of the whole run), stage_seconds (of these, before the first step,
-        for masks="auto"), memory_gib (of training; measured on a GPU, on a CPU
-        the growth of the process, at least the weights, their gradients, average and Adam's two moments), trial_images
+        regions (None: the images decide; the rest is for 3), parameters, images_per_second, seconds (of the whole run),
+        stage_seconds (of these, before the first step, for masks="auto"), memory_gib (of training; measured on a GPU,
+        on a CPU the growth of the process, at least the weights, their gradients, average and Adam's two moments),
+        trial_images
         (the micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
-    config = settle_latents(preset_config(preset, **changes), Path("."))[0].resolved()
+    given, _ = settle_latents(preset_config(preset, **changes), Path("."))
+    config = given.resolved()
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))
     device = resolve_device(config.device)
@@ -350,6 +374,7 @@ def estimate(
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,
+        "regions": given.regions,
         "parameters": parameters,
         "images_per_second": count / seconds,
         "seconds": config.steps * config.batch_size * seconds / count + stages.seconds,

@@ -50,7 +50,7 @@ def test_thesis_presets_equal_the_settings_of_the_thesis():
 
 
 def test_preset_config_scales_with_the_resolution_unless_given():
-    small, large = preset_config("fast"), preset_config("fast", resolution=96)
+    small, large = preset_config("fast"), preset_config("fast", resolution=96, field="grid")
     assert (small.grid_resolution, small.samples_per_ray, small.field_steps) == (32, 32, 600)
     assert (large.grid_resolution, large.samples_per_ray, large.field_steps) == (96, 96, 1800)
     assert preset_config("fast", resolution=96, grid_resolution=40).grid_resolution == 40
@@ -65,6 +65,17 @@ def test_preset_config_scales_with_the_resolution_unless_given():
     )
     assert preset_config("fast", search="joint", steps=7).steps == 7
     assert preset_config("lego", search="joint").steps == 200_000
+
+
+def test_preset_config_above_64_pixels_leaves_the_field_to_the_views():
+    large = preset_config("fast", resolution=96)
+    assert large.field == "auto" and (large.grid_resolution, large.field_steps) == (64, 1200)
+    assert preset_config("fast", resolution=64).field == preset_config("fast", search="joint", resolution=96).field
+    assert preset_config("fast", resolution=96, field="hashgrid").field == "hashgrid"
+    assert large.with_field("grid") == preset_config("fast", resolution=96, field="grid")
+    given = preset_config("fast", resolution=96, field_steps=7)
+    assert given.with_field("grid").field_steps == 7 and given.with_field("grid").grid_resolution == 96
+    assert large.with_choices({"scene": {}, "field": "grid"}).field == "grid", "a run of an earlier version resumes"
 
 
 def test_preset_config_occupancy_is_on_for_costly_fields():

@@ -52,6 +52,20 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
     assert choose_capture_settings(preset_config("fast", poses="known"), scene, stored).unbounded == "no"
 
 
+def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others():
+    views = room()
+    large, scene = preset_config("fast", resolution=96, poses="known"), choose(views)[1]
+    config = choose_capture_settings(large, scene)
+    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("grid", "yes", 96, 1800)
+    config = choose_capture_settings(replace(large, unbounded="no"), scene)
+    assert (config.field, config.grid_resolution, config.field_steps) == ("gaussians", 64, 1200)
+    notes = list_notes(views, scene, config, large)
+    assert any('field="gaussians": views above 64 pixels' in note for note in notes)
+    stored = {"scene": {}, "unbounded": "no", "field": "grid"}
+    config = choose_capture_settings(large, scene, stored)
+    assert (config.field, config.unbounded, config.grid_resolution) == ("grid", "no", 96), "an earlier run resumes"
+
+
 @pytest.mark.parametrize(
     ("settings", "layout", "message"),
     [

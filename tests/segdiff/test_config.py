@@ -212,6 +212,27 @@ def test_masks_by_default_are_auto_in_the_regional_form_and_of_the_network_in_th
 
 
 @pytest.mark.parametrize(
+    ("preset", "changes", "regions"),
+    [
+        ("demo", {}, None),
+        ("fast64", {"masks": "auto", "regions": None}, None),
+        (None, {}, None),
+        ("fast64", {"regions": 3}, 3),
+        ("fast32", {"masks": "network", "regions": None}, 2),
+        ("demo", {"form": "thesis"}, 2),
+        ("demo", {"latent": "autoencoder"}, 2),
+        ("rooms32", {"regions": None}, (3, 3)),
+        ("flowers64", {}, 3),
+    ],
+)
+def test_preset_regions_are_open_only_where_masks_auto_chooses_them(preset, changes, regions):
+    config = preset_config(preset, **changes)
+    assert config.regions == regions
+    if preset != "rooms32" and "latent" not in changes:
+        assert config.resolved().regions == (regions or 3)
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"regions": (3, 2)}, r"regions=\(3, 2\)"),

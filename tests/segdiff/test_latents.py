@@ -19,6 +19,7 @@ from factorkit.data import draw_flowers
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
 from factorkit.segdiff.inference.segment import lift_masks
 from factorkit.segdiff.latents import LatentSpace, open_autoencoder
+from factorkit.segdiff.masks.objects import resize
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 from tests.engine.trained import assert_identical, final_state
@@ -27,6 +28,7 @@ SIZES = AutoencoderSizes(channels=(8, 8, 8), num_res_blocks=1, latent_channels=4
 RUN = {
     **{"preset": "demo", "resolution": 32, "regions": 2, "model_channels": 8, "channel_mult": (1, 2)},
     **{"norm_groups": 4, "batch_size": 4, "steps": 2, "device": "cpu", "progress": False},
+    **{"mixture_steps": 2, "distil_steps": 2},
 }
 CPU = torch.device("cpu")
 
@@ -86,6 +88,22 @@ def test_lift_masks_follows_the_image_and_sums_to_one(images):
     assert lift_masks(lifted, signed) is lifted
 
 
+def test_latent_run_has_object_masks_that_follow_the_pixels_of_the_photo(trained, images):
+    assert trained.config.masks == "auto"
+    masks = trained.model.masks
+    photos = pixels_to_signed(torch.from_numpy(images[:2]))
+    latents, t = trained.model.space.encode(photos), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        network = masks.network(latents, t).softmax(1)
+        assert network.shape == (2, 2, 8, 8)
+        expected = masks.align_with_colors(photos, resize(network, 32, 32))
+        torch.testing.assert_close(masks.segment(latents, t=t, images=photos), expected)
+        noisy = masks.segment(latents, t=t + 1, images=photos)
+    torch.testing.assert_close(noisy, masks.network(latents, t + 1).softmax(1))
+    assert masks.typical.limits.isfinite().all()
+    assert len(trained.segment(images[:2]).unlike) == 2
+
+
 def test_latent_run_segments_generates_and_edits_at_the_size_of_the_photo(trained, images, tmp_path):
     photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8))
     segmented = trained.segment(photo)
@@ -128,7 +146,9 @@ def test_latent_run_resumed_without_its_autoencoder_is_bit_identical(tmp_path, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"regions": (2, 2)}, {"regions": 1}, {"backbone": "uvit", "patch_size": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"regions": (2, 2)}, {"regions": 1}, {"masks": "network"}, {"backbone": "uvit", "patch_size": 2}]
+)
 def test_latent_run_of_every_kind_trains_and_generates(tmp_path, images, changes):
     autoencoder = write_format(tmp_path / "autoencoder")
     settings = {**RUN, **changes}
@@ -192,7 +212,6 @@ def test_open_autoencoder_other_files_raise(tmp_path, trained):
         ({"resolution": 34}, r"resolution=34 must be divisible by 4, the factor of latent="),
         ({"resolution": 16}, r"resolution=16 must be .* and at least 32"),
         ({"channel_mult": (1, 1, 1, 1, 1)}, r"in latents of 8 pixels, .*cannot be halved 4 times"),
-        ({"masks": "auto"}, r"masks='auto' measures colours of pixels, not latents"),
         ({"masks": "mixture"}, r"masks='mixture' measures colours of pixels, not latents"),
         ({"latent_channels": 4}, r"are set by train_segdiff\(latent=...\)"),
     ],
@@ -202,6 +221,13 @@ def test_train_latent_impossible_settings_raise(tmp_path, images, changes, messa
     with pytest.raises(ConfigError, match=message):
         factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(autoencoder), **{**RUN, **changes})
     assert not (tmp_path / "run").exists()
+
+
+def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
+    settings = {**RUN, "progress": True, "steps": 1, "masks": "network"}
+    factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(write_format(tmp_path / "ae")), **settings)
+    expected = "photos of 32 pixels are 8 x 8 latents, which show little; with resolution=128 they are 32 x 32"
+    assert expected in capsys.readouterr().err
 
 
 def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):

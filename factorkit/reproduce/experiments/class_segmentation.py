@@ -139,11 +139,14 @@ def fit_clusters(trainings: Trainings, run: SegdiffRun, seed: int) -> DatasetDDP
         raise CellUnavailableError(str(error)) from error
 
 
-def choose_our_regions(trainings: Trainings) -> int | tuple[int, ...]:
-    """Return K of our model: that of the scale, but at least one region per class, in a hierarchy at its last level."""
+def choose_our_regions(trainings: Trainings) -> int | tuple[int, ...] | None:
+    """Return K of our model: that of the scale, but at least one region per class, in a hierarchy at its last level.
+
+    None: the training chooses it, 2 or 3, which is open only for two classes.
+    """
     config, num_classes = trainings.config(), load_class_labels(trainings).num_classes
     if config.num_leaf_regions >= num_classes:
-        return config.regions
+        return None if num_classes <= 2 and trainings.chooses_regions else config.regions
     *coarser, _ = config.nesting
     return (*coarser, -(-num_classes // math.prod(coarser))) if coarser else num_classes
 
@@ -151,7 +154,7 @@ def choose_our_regions(trainings: Trainings) -> int | tuple[int, ...]:
 def train_ours(model: OurModel, trainings: Trainings, seed: int) -> SegdiffRun:
     """Train, or resume or load, our model with a region for every class; that of table 2.1 if its K is the same."""
     regions, label = choose_our_regions(trainings), model.label
-    if regions == trainings.config().regions:
+    if regions is None or (regions == trainings.config().regions and not trainings.chooses_regions):
         return trainings.train(label, seed, **model.changes)
     text = str(regions) if isinstance(regions, int) else "x".join(map(str, regions))
     label = f"regions={text}" if label == "ours" else f"{label}-regions={text}"

@@ -96,7 +96,11 @@ def count_multiply_adds(config: ResolvedSegdiffConfig) -> int:
 
 def _train_equal_compute(trainings: Trainings, seed: int) -> SegdiffRun:
     """Train a plain DDPM for as many steps as cost the multiply-adds of ours."""
-    ours, plain = trainings.config(regions=choose_our_regions(trainings)), trainings.config(regions=1)
+    regions, plain = choose_our_regions(trainings), trainings.config(regions=1)
+    if regions is None:  # the training chooses it
+        ours = train_ours(list_our_models(trainings)[0], trainings, seed).config
+    else:
+        ours = trainings.config(regions=regions)
     steps = round(ours.steps * count_multiply_adds(ours) / count_multiply_adds(plain))
     return trainings.train("plain-compute", seed, regions=1, steps=steps)
 

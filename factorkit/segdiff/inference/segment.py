@@ -240,9 +240,11 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
     parts = []
     for part in images.split(batch):
         part = part.to(schedule.device)
-        x_t, times = add_noise(network.space.encode(part), t, schedule)
+        x0 = network.space.encode(part)
+        x_t, times = add_noise(x0, t, schedule)
         labels = () if label is None else (torch.full_like(times, label),)
-        parts.append(lift_masks(network.segment(x_t, times, *labels).float(), part).cpu())
+        pixels = {} if x0 is part else {"images": part}
+        parts.append(lift_masks(network.segment(x_t, times, *labels, **pixels).float(), part).cpu())
     return torch.cat(parts)
 
 
@@ -273,8 +275,10 @@ def is_unlike(model: nn.Module, t: int, small: np.ndarray, masks: Tensor) -> boo
     if t or not isinstance(proposer, ObjectMasks):
         return False
     device = proposer.cue_weight.device
-    image = pixels_to_signed(torch.from_numpy(small[None])).to(device)
-    return bool(proposer.find_unlike(image.contiguous(), masks[None].to(device)))
+    image = pixels_to_signed(torch.from_numpy(small[None])).to(device).contiguous()
+    return bool(
+        proposer.find_unlike(image, cast(FactorizedDenoiser, model).space.encode(image), masks[None].to(device))
+    )
 
 
 def level_masks(masks: Tensor, nesting: Sequence[int], level: int) -> Tensor:

@@ -42,17 +42,17 @@ class ObjectMasks(MaskProposer):
 
     Args:
         regions: K.
-        resolution: side of the training images.
+        resolution, channels: side and channels of what the network sees: the training images, or their latents.
     """
 
     needs_encoding = False
     cue_weight: Tensor
 
-    def __init__(self, regions: int, resolution: int):
+    def __init__(self, regions: int, resolution: int, channels: int = 3):
         super().__init__()
         self.mixture = SpatialMixture(regions, object_first=True)
         self.register_buffer("cue_weight", torch.ones(()))
-        self.network = MaskNetwork(regions, resolution)
+        self.network = MaskNetwork(regions, resolution, channels)
         self.shape = ShapeDenoiser(regions)
         self.typical = TypicalImages()
 
@@ -65,13 +65,21 @@ class ObjectMasks(MaskProposer):
             return MaskProposal(self.network(x_t, t))
 
     def segment(
-        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+        self,
+        x_t: Tensor,
+        encoding: Encoding | None = None,
+        within: Tensor | None = None,
+        t: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """Return masks [B, K, H, W]: those of :meth:`forward`, aligned with the image's borders if all t are 0."""
         assert t is not None
         with without_autocast(x_t.device):
             masks = self.network(x_t, t).softmax(1)
-            return masks if t.any() else self.align_with_colors(x_t.float(), masks)
+            if t.any():
+                return masks
+            images = (x_t if images is None else images).float()
+            return self.align_with_colors(images, resize(masks, *images.shape[2:]))
 
     def align_with_colors(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the network's and their shapes."""
@@ -84,19 +92,20 @@ class ObjectMasks(MaskProposer):
         weights, priors = FIRST_WEIGHTS, (masks, self.mixture.cued_prior(cue))
         return fit_colors(scale_lab(images), pool_masks(*zip(weights, priors, strict=True)))
 
-    def measure_doubts(self, images: Tensor, masks: Tensor) -> Tensor:
+    def measure_doubts(self, x0: Tensor, masks: Tensor) -> Tensor:
         """Return two figures [B, 2] that are high for images unlike the training set.
 
-        They are the mean share of a pixel that the network's masks of clean images [B, 3, H, W] place in other regions
-        than ``masks`` of :meth:`segment` [B, K, H, W], and the mean entropy of the network's masks in nats.
+        They are the mean share of a pixel that the network's masks of clean images or latents x0 [B, C, h, w] place in
+        other regions than ``masks`` [B, K, H, W] of :meth:`segment`, and the mean entropy of the former in nats.
         """
-        logs = self.network(images, torch.zeros(len(images), dtype=torch.int64, device=images.device)).log_softmax(1)
+        logits = self.network(x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device))
+        logs = resize(logits, *masks.shape[2:]).log_softmax(1)
         difference = (logs.exp() - masks).abs().sum(1).mean((1, 2)) / 2
         return torch.stack([difference, -(logs.exp() * logs).sum(1).mean((1, 2))], 1)
 
-    def find_unlike(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Return which images are unlike the training set, bool [B]. Arguments as of :meth:`measure_doubts`."""
-        return self.typical.find_unlike(self.measure_doubts(images, masks), measure_appearance(scale_lab(images)))
+    def find_unlike(self, images: Tensor, x0: Tensor, masks: Tensor) -> Tensor:
+        """Return which images [B, 3, H, W] are unlike the training set, bool [B]; x0, masks: see measure_doubts."""
+        return self.typical.find_unlike(self.measure_doubts(x0, masks), measure_appearance(scale_lab(images)))
 
     def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Return the score of a mixture of colours whose prior are the masks of :meth:`forward`."""
@@ -145,10 +154,10 @@ class MaskNetwork(nn.Module):
 
     Args:
         regions: K.
-        resolution: side of the training images; images of other sizes are resized to it first.
+        resolution, channels: of the training images, or their latents; other sizes are resized first.
     """
 
-    def __init__(self, regions: int, resolution: int):
+    def __init__(self, regions: int, resolution: int, channels: int = 3):
         super().__init__()
         self.patch = min(MAX_PATCH, max(1, resolution // GRID_SIDE))
         first, *others = CHANNELS
@@ -158,7 +167,7 @@ class MaskNetwork(nn.Module):
             return ResBlock(channels, out_channels, EMBED, norm_groups=NORM_GROUPS)
 
         self.time = TimeEmbedding(EMBED // 4)
-        self.conv_in = nn.Conv2d(3 * self.patch**2 + 2, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * self.patch**2 + 2, first, 3, padding=1)
         self.down = nn.ModuleList(block(a, b) for a, b in pairs)
         self.middle = block(CHANNELS[-1], CHANNELS[-1])
         self.project = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs[1:])
@@ -169,7 +178,7 @@ class MaskNetwork(nn.Module):
         nn.init.zeros_(cast(Tensor, self.conv_out.bias))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return fp32 logits [B, K, H, W] of images [B, 3, H, W] of any size at time steps [B]."""
+        """Return fp32 logits [B, K, H, W] of images or latents [B, C, H, W] of any size at time steps [B]."""
         return resize(self.coarse_logits(x_t, t), *x_t.shape[2:])
 
     def coarse_logits(self, x_t: Tensor, t: Tensor) -> Tensor:

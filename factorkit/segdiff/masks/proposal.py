@@ -61,9 +61,17 @@ class MaskProposer(nn.Module):
         raise NotImplementedError
 
     def segment(
-        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+        self,
+        x_t: Tensor,
+        encoding: Encoding | None = None,
+        within: Tensor | None = None,
+        t: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor:
-        """Return the masks [B, K, H, W] of images to be segmented. Arguments as of :meth:`forward`."""
+        """Return the masks [B, K, H, W] of images to be segmented. Arguments as of :meth:`forward`.
+
+        ``images`` [B, 3, H', W'] in [-1, 1] are those of latents x_t; masks that follow their pixels have their size.
+        """
         return self(x_t, encoding, within, t).logits.softmax(1)
 
     def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:

@@ -203,8 +203,8 @@ def test_find_unlike_flags_disagreement_and_doubt():
     model.network.conv_out.bias[:4] = 6.0
     masks = torch.full((1, 2, 16, 16), 0.001)
     masks[:, 0] = 0.999
-    assert not model.find_unlike(images, 1 - masks)  # there are no limits yet
+    assert not model.find_unlike(images, images, 1 - masks)  # there are no limits yet
     model.typical.limits[:2] = 0.22
-    assert not model.find_unlike(images, masks) and model.find_unlike(images, 1 - masks)
+    assert not model.find_unlike(images, images, masks) and model.find_unlike(images, images, 1 - masks)
     model.network.conv_out.bias.zero_()  # the network does not know, and no masks are far from that
-    assert model.find_unlike(images, torch.full((1, 2, 16, 16), 0.5))
+    assert model.find_unlike(images, images, torch.full((1, 2, 16, 16), 0.5))
