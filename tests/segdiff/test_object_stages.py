@@ -13,6 +13,8 @@ import torch
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.step import Meter
+from factorkit.engine.trainer import Trainer
 from factorkit.segdiff import object_stages
 from factorkit.segdiff import train as training
 from factorkit.segdiff.config import preset_config
@@ -25,6 +27,7 @@ from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
+from tests.engine.test_step import Watched
 from tests.engine.trained import assert_identical, final_state
 
 TINY = {
@@ -310,6 +313,29 @@ def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatc
         torch.manual_seed(0)
         weights.append(stages.train_mixtures(SpatialMixture(2, object_first=True))[1])
     assert weights == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("stage", ["mixture", "distil"])
+def test_step_of_an_object_stage_reads_nothing_on_the_host(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(distil, "is_readable", lambda x: False)  # as on a GPU
+    config, images = preset_config("demo", **TINY | {"cue_weight": 1.0}).resolved(), draw_flowers(8, 16, seed=0)[0]
+    found = []
+
+    def watch(trainer):
+        take = trainer._training_step(Meter(torch.device("cpu")))
+        take(0)
+        with Watched() as watched:
+            take._work()
+        assert trainer.task.capturable
+        found.append(watched.found)
+        return trainer.task.model
+
+    stages = ObjectStages(config, images, tmp_path, {}, torch.device("cpu"), False)
+    monkeypatch.setattr(Trainer, "run", watch)
+    mixture = stages.train_mixtures(SpatialMixture(2, object_first=True))[0]
+    if stage == "distil":
+        stages.train_network(MaskNetwork(2, 16), mixture, 1.0)
+    assert found[-1] == []
 
 
 def test_gram_and_schmidt_equal_qr(monkeypatch):
