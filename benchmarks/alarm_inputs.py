@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import roma
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -246,6 +248,13 @@ def turn_about_z(poses: Tensor, degrees: Tensor) -> Tensor:
     return rotation @ poses
 
 
+def rotate(rotvec: Tensor, poses: Tensor) -> Tensor:
+    """Return poses [V, 4, 4] rotated about the origin by axis-angle vectors [V, 3]."""
+    rotation = torch.eye(4).repeat(len(poses), 1, 1)
+    rotation[:, :3, :3] = roma.rotvec_to_rotmat(rotvec)
+    return rotation @ poses
+
+
 def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
     """Return views with one fault."""
     generator, count, poses = torch.Generator().manual_seed(100 + seed), len(views), views.poses.clone()
@@ -264,6 +273,13 @@ def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
         photos = prepare(open_dataset(data / PHOTOS["flowers17"]).train, 32, progress=False).images
         images = torch.from_numpy(np.array(photos[seed * 40 : seed * 40 + count])).permute(0, 3, 1, 2) / 255.0
         return replace(views, images=resize_area(images, *views.size))
+    if kind == "uncentred":
+        offsets = float(number) / 100 * (2 * torch.rand(count, 2, generator=generator) - 1)  # shares of the sides
+        transform = torch.eye(2, 3).repeat(count, 1, 1)
+        transform[:, :, 2] = 2 * offsets
+        grid = F.affine_grid(transform, list(views.images.shape), align_corners=False)
+        shifted = F.grid_sample(views.images, grid, padding_mode="border", align_corners=False)
+        return replace(views, images=shifted)
     if kind == "focal":
         intrinsics = views.intrinsics.clone()
         intrinsics[:, :2, :2] *= float(number)
@@ -280,6 +296,16 @@ def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
         poses = turn_about_z(poses, -azimuth_degrees(poses[:, :3, 3]) * 8 / 9)
     elif kind == "jitter":
         poses = turn_about_z(poses, float(number) * torch.randn(count, generator=generator))
+    elif kind == "uneven":
+        poses = turn_about_z(poses, float(number) * azimuth_degrees(poses[:, :3, 3]).deg2rad().sin())
+    elif kind == "tilt":  # about the camera's right axis, through the origin
+        rotvec = -math.radians(float(number)) * poses[:, :3, 0]
+        poses = rotate(rotvec, poses)
+    elif kind == "roll":
+        degrees = float(number) * torch.randn(count, 1, generator=generator)
+        poses[:, :3, :3] = rotate(degrees.deg2rad() * poses[:, :3, 2], poses)[:, :3, :3]
+    elif kind == "zoom":
+        poses[:, :3, 3] *= (float(number) / 100 * torch.randn(count, 1, generator=generator)).exp()
     elif kind == "random" and views.layout == "object":
         poses = make_procedural_views(count, 8, seed=50 + seed).poses
     elif kind == "random":

@@ -242,8 +242,8 @@ def choose_capture_settings(
 ) -> NerfdiffConfig:
     """Return the configuration with what is open chosen by the views.
 
-    These are ``optimize_camera``, ``ordered``, ``unbounded`` and ``field``. The choices of ``stored`` settings, those
-    of a run that is resumed, stay.
+    These are ``optimize_camera``, ``ordered``, ``unbounded``, ``field`` and its sizes. The choices of ``stored``
+    settings, those of a run that is resumed, stay.
     """
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
@@ -261,8 +261,9 @@ def choose_capture_settings(
         ordered = "yes" if searched and find_order(scene) is not None else "no"
     config = config.with_choices(stored)
     unbounded = choose_unbounded(config, scene)
-    if config.field == "auto":
-        config = config.with_field("grid" if unbounded == "yes" else "gaussians")
+    if "scene" not in stored:
+        by_views = "grid" if unbounded == "yes" else "gaussians"
+        config = config.with_field(by_views if config.field == "auto" else config.field, unbounded)
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
@@ -297,7 +298,9 @@ def list_notes(
     if config.unbounded == "yes":
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "
-            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone)."
+            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone). "
+            f"Unless they were given, the sizes suit such scenes: grid_resolution={config.grid_resolution}, "
+            f"samples_per_ray={config.samples_per_ray}, field_steps={config.field_steps}."
         )
     elif scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(

@@ -31,6 +31,7 @@ from factorkit.utils.errors import ConfigError
 
 FIELDS = ("grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians")
 
+UNBOUNDED_VARIATION, UNBOUNDED_VERTICES = 6.0, 32  # factor on the total variation, of a grid of so many vertices
 MIN_BLUR_CELLS = 0.3  # a Gaussian narrower than this many cells changes nothing visible
 
 
@@ -79,10 +80,17 @@ class GridField(Field):
         return values
 
     def total_variation(self) -> Tensor:
-        """Return the mean squared difference of neighbouring values, summed over the axes."""
+        """Return the mean squared difference of neighbouring values, summed over the axes.
+
+        Few views show each cell of a room: an unbounded field has 6 times as much, and grids above 32 vertices as much
+        as a grid of 32 with the same slopes.
+        """
         v = self.values
         differences = (v[1:] - v[:-1], v[:, 1:] - v[:, :-1], v[:, :, 1:] - v[:, :, :-1])
-        return torch.stack([difference.square().mean() for difference in differences]).sum()
+        total = torch.stack([difference.square().mean() for difference in differences]).sum()
+        if not self.unbounded:
+            return total
+        return UNBOUNDED_VARIATION * max(1.0, self.resolution / UNBOUNDED_VERTICES) ** 2 * total
 
     def resampled(self, resolution: int) -> GridField:
         """Return the same field on a grid of another resolution."""

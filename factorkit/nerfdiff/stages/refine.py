@@ -25,7 +25,6 @@ ADAM_BETAS = (0.9, 0.99)  # few rays pass a cell in each step, so long averages 
 SHARPENING_SHARE = 0.6  # of the steps, after which nothing is blurred any more
 IMAGE_BLUR = 0.094  # standard deviation at full coarseness, in units of the longer side
 MASK_TOLERANCE = 0.5  # difference of opacity about which a pixel's mask begins to count as wrong
-UNBOUNDED_VARIATION = 6.0  # factor on the total variation: few views show each cell of a room
 UPDATE_EVERY = 10  # steps between changes of the blur, and between assignments of the search
 
 
@@ -94,7 +93,7 @@ def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered:
 
     Fog in the colour of the background is invisible in the training views, but not in others.
     """
-    variation = config.tv_weight * (UNBOUNDED_VARIATION if field.unbounded else 1.0) * field.total_variation()
+    variation = config.tv_weight * field.total_variation()
     if scene.layout != "object" or field.unbounded:
         return variation
     return variation + config.opacity_weight * rendered.opacity.mean(1)
