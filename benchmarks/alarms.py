@@ -113,9 +113,12 @@ def objects(images: str, regions: int, *seeds: int, steps: int = 100) -> list[Se
     return [SegdiffRuns(images, seed, (steps,), "objects", 32, changes) for seed in seeds]
 
 
-def teacher(images: str, regions: int, seed: int = 0, **changes: Any) -> SegdiffRuns:
-    """Return a run of 3 seconds with the teacher's masks of masks="auto" at 32 px; its stop is that of the mixture."""
-    settings = {"regions": regions, "random_flip": False} | changes
+def teacher(images: str, regions: int | None, seed: int = 0, **changes: Any) -> SegdiffRuns:
+    """Return a run of 3 seconds with the teacher's masks of masks="auto" at 32 px; its stop is that of the mixture.
+
+    Without ``regions`` the run chooses them, and takes 7 seconds.
+    """
+    settings = ({} if regions is None else {"regions": regions}) | {"random_flip": False} | changes
     return SegdiffRuns(images, seed, (settings.pop("mixture_steps", 120),), "teacher", 32, tuple(settings.items()))
 
 
@@ -278,7 +281,12 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
         run = Path(folder) / "run"
         if runs.kind == "teacher":
             stages = ObjectStages(config, training, run, {}, CPU, False)
-            mixture, weight = stages.train_mixtures(SpatialMixture(config.num_leaf_regions, object_first=True))
+            if "regions" in dict(runs.changes):
+                mixture, weight = stages.train_mixtures(SpatialMixture(config.num_leaf_regions, object_first=True))
+            else:
+                config = replace(config, regions=stages.choose_regions())
+                stages = ObjectStages(config, training, run, {}, CPU, False)
+                mixture, weight = stages.find_mixture(stages.new_masks().mixture)
             both = np.concatenate([probes, probes[:, :, ::-1], training])
             masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture, weight)[: 2 * len(probes)] / 255
             masks, flipped = masks.split(len(probes))

@@ -28,9 +28,9 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
-    GRAIN,
     NUM_CHECK_STEPS,
     NUM_CHECKED,
+    STRUCTURE,
     choose_photos,
     log_drawn_checks,
     score_drawn,
@@ -262,7 +262,7 @@ def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
     logged = {check["name"]: check["status"] for check in alarms.get("checks", ())}
-    if alarms.get("step") == run.step and (GRAIN in logged or logged.get(DRAWN_IMAGES) == "not run"):
+    if alarms.get("step") == run.step and (STRUCTURE in logged or logged.get(DRAWN_IMAGES) == "not run"):
         return
     checks = skip_checks(run.step, len(photos))
     if not checks:
