@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.engine.run_log import RunLog
@@ -125,8 +126,11 @@ def choose_photos(count: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[drawn:][:MAX_REFERENCE]), np.sort(order[:drawn])
 
 
-def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores:
+def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor, latent_factor: int = 1) -> DrawnScores:
     """Score ``drawn`` images [n, 3, R, R] in [0, 1] against photos; ``others`` has as many, ``reference`` any number.
+
+    Grain and structure are those of images averaged to R / latent_factor pixels a side: a decoder of latents makes even
+    noise smooth.
 
     Raises:
         DataError: too few images, or sides below 9 pixels.
@@ -138,8 +142,9 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
     photos, own, other, shuffled = map(random_features, (reference, drawn, others, noise))
     precision, recall = precision_recall(other, own)
     photos_precision, photos_recall = precision_recall(other, photos[: len(own)])
-    grain, grain_by_chance = measure_grain(drawn, torch.cat([reference, others]))
-    noise_in_detail, noise_by_chance = measure_noise_in_detail(drawn, torch.cat([reference, others]))
+    small, small_photos = (F.avg_pool2d(images, latent_factor) for images in (drawn, torch.cat([reference, others])))
+    grain, grain_by_chance = measure_grain(small, small_photos)
+    noise_in_detail, noise_by_chance = measure_noise_in_detail(small, small_photos)
     return DrawnScores(
         images=len(drawn),
         frechet=frechet_distance(own, photos),

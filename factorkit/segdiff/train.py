@@ -268,7 +268,8 @@ def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
     if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        checks = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).checks()
+        known = pixels_to_images(photos[reference]), pixels_to_images(photos[others])
+        checks = score_drawn(drawn, *known, run.config.latent_factor).checks()
 
     def write() -> None:
         log_drawn_checks(folder, run.step, checks)

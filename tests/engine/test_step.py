@@ -12,15 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from factorkit.diffusion.schedule import Schedule
 from factorkit.engine import step as engine_step
-from factorkit.engine.config import EngineConfig
 from factorkit.engine.cuda_graph import WARM_UP, GraphedWork
-from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
+from factorkit.engine.step import Meter, MovingAverage
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.masks.cued_mixture import CuedMixtureTask
-from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
 from factorkit.segdiff.task import SegdiffTask
 
 CPU = torch.device("cpu")
@@ -162,18 +158,6 @@ def test_training_step_tensors_stay_in_place(tmp_path, changes):
     assert addresses() == first and [id(d.generator) for d in take.draws] == generators
     assert float(trainer.state.optimizer.param_groups[0]["lr"]) == pytest.approx(trainer.config.learning_rate)
     assert int(take.step) == 2
-
-
-def test_step_of_the_mixture_stage_uses_no_synchronising_operation():
-    config, mixture = EngineConfig(batch_size=4, gradient_clip=1.0), SpatialMixture(2, object_first=True)
-    data = torch.rand(6, 3, 8, 8), torch.rand(6, 8, 8)
-    task = CuedMixtureTask(config, mixture, 6, lambda: data, Schedule())
-    averages = [MovingAverage(mixture, 0.9, CPU)]
-    take = TrainingStep(task, make_optimizer(task.parameter_groups(), config, CPU), averages, Meter(CPU), config, CPU)
-    take(0)
-    with Watched() as watched:
-        take._work()
-    assert watched.found == [] and task.capturable
 
 
 def test_moving_average_masked_update_changes_nothing():

@@ -126,6 +126,15 @@ def test_measure_noise_in_detail_is_that_of_noise_whatever_its_amount(photos):
     assert measure_noise_in_detail(noise, 2 * noise.roll(1, 0))[1] > 0.82  # photos of noise: no limit within chance
 
 
+def test_score_drawn_noise_that_a_decoder_made_smooth_is_found_at_the_size_of_the_latents(photos):
+    large, smooth = (
+        torch.nn.functional.interpolate(images, 128, mode="bicubic").clamp(0, 1)
+        for images in (photos, make_drawn("noised", photos))
+    )
+    at_full_size, at_latents = (score_drawn(smooth, large[N:], large[:N], factor) for factor in (1, 4))
+    assert at_full_size.grain < MAX_GRAIN < 2 * MAX_GRAIN < at_latents.grain
+
+
 def test_choose_photos_are_apart_and_as_many_as_there_are():
     for count in (32, 50, 3000):
         reference, others = choose_photos(count, N)
