@@ -170,6 +170,35 @@ WITHOUT_OBJECTS = [
     ("one colour", 2),
     ("one colour, noisy 20", 3),
 ]
+# Images and seeds of runs that choose their regions, made after all limits were set
+CHOOSING = [
+    ("noise", 1),
+    ("texture", 1),
+    ("flowers17, blurred 2", 7),
+    ("flowers17, dark", 7),
+    ("flowers17, noisy 60", 7),
+    ("flowers17, rolled", 7),
+    ("flowers17, tinted", 7),
+    ("flowers17, upside-down", 7),
+    ("horses, tinted", 7),
+    ("horses, upside-down", 7),
+    ("persons, tinted", 7),
+    ("frames, grey", 8),
+    ("texture, grey", 8),
+    ("flowers, rows", 9),
+    ("flowers17, rows", 9),
+    ("flowers17, shuffled 16", 9),
+    ("horses, rows", 9),
+    ("horses, shuffled 16", 9),
+    ("horses, shuffled 2", 9),
+    ("landscape, tinted", 9),
+    ("leaves", 9),
+    ("leaves, grey", 9),
+    ("persons, rows", 9),
+    ("plain", 9),
+    ("plain, tinted", 9),
+    ("smooth", 9),
+]
 UNUSUAL: list[dict[str, Any]] = [{"cue_weight": 0.0}, {"cue_weight": 6.0}, {"mixture_steps": 1}]
 SEGDIFF = [
     *mixtures("flowers", 2, 1, stops=(2, 120)),
@@ -211,6 +240,7 @@ SEGDIFF = [
     *[run for name, k in (("leaves", 2), ("smooth", 2), ("texture", 3), ("plain", 2)) for run in objects(name, k, 0)],
     *[teacher(name, regions, 1) for name, regions in SEEDED],
     *[teacher(name, regions) for name, regions in [*WITH_OBJECTS, *WITHOUT_OBJECTS]],
+    *[teacher(name, None, seed) for name, seed in CHOOSING],
     *[teacher("flowers17", 2, **changes) for changes in UNUSUAL],
     *[teacher("horses", 3, **changes) for changes in UNUSUAL],
 ]
