@@ -61,7 +61,7 @@ class NerfdiffConfig(EngineConfig):
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
     origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
     an object keeps its size. () assumes upright cameras that look at the origin from one distance. None, the default,
-    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre of its views, and
+    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre or of changing size, and
     "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise (). With "aim" the search compares views
     that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"

@@ -37,7 +37,7 @@ from factorkit.nerfdiff.search_record import load_record
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
-from factorkit.nerfdiff.stages.recentre import is_off_centre
+from factorkit.nerfdiff.stages.recentre import is_unevenly_framed
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.nerfdiff.unregistered import localise_unregistered
@@ -250,7 +250,7 @@ def choose_capture_settings(
     if parameters is None and stored.get("optimize_camera") is not None:
         parameters = tuple(stored["optimize_camera"])
     if parameters is None:
-        by_hand = searched and config.candidate_type == "look_at" and is_off_centre(scene)
+        by_hand = searched and config.candidate_type == "look_at" and is_unevenly_framed(scene)
         parameters = (
             *(("aim", "distance", "roll") if by_hand else ()),
             *(("focal",) if searched and not scene.has_focal else ()),
