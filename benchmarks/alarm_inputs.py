@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import roma
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -130,7 +132,7 @@ def change_images(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the images and probes of :func:`make_images` with one change.
 
-    Those from "shuffled" to "corners" leave no object.
+    Those from "shuffled" to "rows" leave no object.
     """
     kind, _, number = change.partition(" ")
     size = probes.shape[1]
@@ -152,8 +154,23 @@ def change_images(
         corners = (Image.fromarray(image[: size // 3, : size // 3]) for image in images)
         return np.stack([np.array(corner.resize((size, size), Image.Resampling.BICUBIC)) for corner in corners])
 
+    def reorder_rows(images: np.ndarray) -> np.ndarray:
+        order = torch.rand(images.shape[:2], generator=generator).argsort(1).numpy()
+        return np.take_along_axis(images, order[:, :, None, None], 1)
+
+    def tint(images: np.ndarray) -> np.ndarray:
+        gain = 0.4 + 0.6 * torch.rand(len(images), 1, 1, 3, generator=generator).numpy()
+        return (images * gain).astype(np.uint8)
+
+    def blur(images: np.ndarray) -> np.ndarray:
+        small = F.avg_pool2d(torch.from_numpy(images).float().permute(0, 3, 1, 2), int(number))
+        large = F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 255)
+        return large.permute(0, 2, 3, 1).byte().numpy()
+
     if kind == "shuffled":
         return each(shuffle)
+    if kind == "rows":
+        return each(reorder_rows)
     if kind == "corners":
         return each(enlarge_corners)
     if kind == "first":
@@ -168,6 +185,19 @@ def change_images(
             (images + noise.normal(0, int(number), images.shape)).clip(0, 255).astype(np.uint8)
             for images in (training, probes)
         ), truth
+    if kind in ("tinted", "blurred", "dark"):
+        alter = {"tinted": tint, "blurred": blur, "dark": lambda images: (images * 0.3).astype(np.uint8)}[kind]
+        return alter(training), alter(probes), truth
+    if kind == "upside-down":
+        return *(np.ascontiguousarray(images[:, ::-1]) for images in (training, probes)), truth if truth is None else (
+            np.ascontiguousarray(truth[:, ::-1])
+        )
+    if kind == "rolled":  # each around by its own shift, with its foreground
+        rng = np.random.default_rng(0)
+        shifts = [tuple(rng.integers(0, size, 2)) for _ in range(len(training) + len(probes))]
+        roll = lambda images, shifts: np.stack([np.roll(i, s, (0, 1)) for i, s in zip(images, shifts, strict=True)])  # noqa: E731
+        own = shifts[: len(probes)]
+        return roll(training, shifts[len(probes) :]), roll(probes, own), truth if truth is None else roll(truth, own)
     if kind == "negative":
         return 255 - training, 255 - probes, truth
     if kind == "and":  # half of each set
@@ -218,6 +248,13 @@ def turn_about_z(poses: Tensor, degrees: Tensor) -> Tensor:
     return rotation @ poses
 
 
+def rotate(rotvec: Tensor, poses: Tensor) -> Tensor:
+    """Return poses [V, 4, 4] rotated about the origin by axis-angle vectors [V, 3]."""
+    rotation = torch.eye(4).repeat(len(poses), 1, 1)
+    rotation[:, :3, :3] = roma.rotvec_to_rotmat(rotvec)
+    return rotation @ poses
+
+
 def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
     """Return views with one fault."""
     generator, count, poses = torch.Generator().manual_seed(100 + seed), len(views), views.poses.clone()
@@ -236,6 +273,13 @@ def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
         photos = prepare(open_dataset(data / PHOTOS["flowers17"]).train, 32, progress=False).images
         images = torch.from_numpy(np.array(photos[seed * 40 : seed * 40 + count])).permute(0, 3, 1, 2) / 255.0
         return replace(views, images=resize_area(images, *views.size))
+    if kind == "uncentred":
+        offsets = float(number) / 100 * (2 * torch.rand(count, 2, generator=generator) - 1)  # shares of the sides
+        transform = torch.eye(2, 3).repeat(count, 1, 1)
+        transform[:, :, 2] = 2 * offsets
+        grid = F.affine_grid(transform, list(views.images.shape), align_corners=False)
+        shifted = F.grid_sample(views.images, grid, padding_mode="border", align_corners=False)
+        return replace(views, images=shifted)
     if kind == "focal":
         intrinsics = views.intrinsics.clone()
         intrinsics[:, :2, :2] *= float(number)
@@ -252,6 +296,16 @@ def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
         poses = turn_about_z(poses, -azimuth_degrees(poses[:, :3, 3]) * 8 / 9)
     elif kind == "jitter":
         poses = turn_about_z(poses, float(number) * torch.randn(count, generator=generator))
+    elif kind == "uneven":
+        poses = turn_about_z(poses, float(number) * azimuth_degrees(poses[:, :3, 3]).deg2rad().sin())
+    elif kind == "tilt":  # about the camera's right axis, through the origin
+        rotvec = -math.radians(float(number)) * poses[:, :3, 0]
+        poses = rotate(rotvec, poses)
+    elif kind == "roll":
+        degrees = float(number) * torch.randn(count, 1, generator=generator)
+        poses[:, :3, :3] = rotate(degrees.deg2rad() * poses[:, :3, 2], poses)[:, :3, :3]
+    elif kind == "zoom":
+        poses[:, :3, 3] *= (float(number) / 100 * torch.randn(count, 1, generator=generator)).exp()
     elif kind == "random" and views.layout == "object":
         poses = make_procedural_views(count, 8, seed=50 + seed).poses
     elif kind == "random":

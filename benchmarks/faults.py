@@ -49,6 +49,7 @@ COMMON = {"checkpoint_every": 2, "keep_checkpoints": 2, "sample_every": 3, "log_
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "segdiff, network": ("segdiff", {"steps": 40}),
     "segdiff, objects": ("segdiff", {"masks": "auto", "mixture_steps": 12, "distil_steps": 12, "steps": 12}),
+    "autoencoder": ("autoencoder", {"steps": 20}),
     "nerfdiff, dictionary": ("nerfdiff", {"finetune_steps": 6, "search_steps": 12}),
     "nerfdiff, joint": ("nerfdiff", {"search": "joint", "steps": 24, "field": "hashgrid", "occupancy": True}),
     "nerfdiff, gaussians": (
@@ -148,7 +149,7 @@ def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool
             os.environ["FACTORKIT_CACHE"] = str(folder / "cache")
             watch(notes, kill)
             model, changes = RUNS[name]
-            data = tiny_runs.make_noise_images(folder.parent / "photos") if model == "segdiff" else None
+            data = tiny_runs.make_noise_images(folder.parent / "photos") if model != "nerfdiff" else None
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until this forked process ends
             tiny_runs.train(model, folder / "run", data, **COMMON | changes)
             status = 0

@@ -8,12 +8,14 @@
 Quality is the Frechet distance to the training images on fixed random convolutions (factorkit.metrics.frechet): no FID,
 and comparable within this table alone. Cost is how often the network is called for an image. Each cell is a JSON object
 in benchmarks/results/samplers.json with its machine, commit and settings; one that stands there is not drawn again. The
-floor is what as many held-out images have, which a perfect sampler of a perfect model would.
+floor is what as many held-out images have, which a perfect sampler of a perfect model would. Of several seeds of the
+sampling the table has the mean and the standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from pathlib import Path
 
@@ -118,9 +120,18 @@ def table(results: dict[str, dict]) -> str:
         lines += ["", f"{model}, {count} images a cell" + (f", held-out images {floor[0]:.3f}" if floor else "")]
         lines += ["", "| sampler | " + " | ".join(f"{n} steps" for n in steps) + " |", "|---" * (len(steps) + 1) + "|"]
         for sampler in dict.fromkeys(r["sampler"] for r in drawn):
-            cell = {r["steps"]: f"{r['frechet']:.3f} ({r['evaluations']})" for r in drawn if r["sampler"] == sampler}
-            lines.append(f"| {sampler} | " + " | ".join(cell.get(n, "") for n in steps) + " |")
+            cells = [[r for r in drawn if (r["sampler"], r["steps"]) == (sampler, n)] for n in steps]
+            lines.append(f"| {sampler} | " + " | ".join(map(format_seeds, cells)) + " |")
     return "\n".join(lines).strip()
+
+
+def format_seeds(records: list[dict]) -> str:
+    """Mean distance over the seeds, their standard deviation, and in brackets the network calls an image."""
+    if not records:
+        return ""
+    distances = [r["frechet"] for r in records]
+    spread = f" ± {statistics.stdev(distances):.3f}" if len(records) > 1 else ""
+    return f"{statistics.mean(distances):.3f}{spread} ({records[0]['evaluations']})"
 
 
 if __name__ == "__main__":

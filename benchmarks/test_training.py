@@ -65,9 +65,12 @@ def test_segdiff_step_by_regions(factor: int, segdiff_config: SegdiffConfig, mea
     measure(step, "segdiff step by regions", regions=regions, images=config.batch_size)
 
 
-@pytest.mark.parametrize("stage", ["search", "fit", "distil"])
-def test_nerfdiff_step(stage: str, measure: Measurement) -> None:
-    step = make_nerfdiff_step(stage, measure.device)
+@pytest.mark.parametrize("way", ["ours", "graph"])
+@pytest.mark.parametrize("stage", ["search", "fit", "distil", "joint"])
+def test_nerfdiff_step(stage: str, way: str, measure: Measurement) -> None:
+    if way == "graph" and measure.device.type == "cpu":
+        pytest.skip("a CUDA graph needs a GPU")
+    step = make_nerfdiff_step(stage, measure.device, cuda_graph=way == "graph")
     warm_up(step, measure.device)
     measure(step, "nerfdiff step")
 

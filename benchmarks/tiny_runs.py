@@ -15,6 +15,7 @@ from factorkit.nerfdiff.stages import distil, joint, pipeline, stage_training
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.segdiff import train as segdiff
+from factorkit.segdiff.autoencoder import train_autoencoder
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
@@ -55,6 +56,7 @@ NERFDIFF = {
     "progress": False,
     "threads": 1,
 }
+AUTOENCODER = {"model_channels": 8, "resolution": 16, "device": "cpu", "progress": False, "threads": 1}
 HELD_OUT_STEPS = 4  # of the flip test
 
 
@@ -97,5 +99,7 @@ def train(model: str, out: Path, data: Any = None, **changes: Any) -> None:
     disable_previews()
     if model == "segdiff":
         train_segdiff(noise_images() if data is None else data, out=out, **SEGDIFF | changes)
+    elif model == "autoencoder":
+        train_autoencoder(noise_images() if data is None else data, out=out, **AUTOENCODER | changes)
     else:
         train_nerfdiff(noise_views(), out=out, **NERFDIFF | changes)

@@ -78,11 +78,11 @@ void intersect_backward(const std::string& dtype, const Addresses<6>& a, std::in
     });
 }
 
-// (origins, directions, near, far, occupancy, blocks), (rays, levels, resolution), the box's centre and half its size,
-// (step_min, step_max, cone), jitter, seed
+// (origins, directions, near, far, occupancy, blocks, seed), (rays, levels, resolution), the box's centre and half its
+// size, (step_min, step_max, cone)
 template <class S>
-factorkit::March<S> march(const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre, const Vector& half,
-                          const Vector& steps, bool jitter, std::uint64_t seed) {
+factorkit::March<S> march(const Addresses<7>& a, const Sizes<3>& sizes, const Vector& centre, const Vector& half,
+                          const Vector& steps) {
     return {{at<S>(a[0]), at<S>(a[1]), sizes[0]},
             at<S>(a[2]),
             at<S>(a[3]),
@@ -95,18 +95,16 @@ factorkit::March<S> march(const Addresses<6>& a, const Sizes<3>& sizes, const Ve
             S(steps[0]),
             S(steps[1]),
             S(steps[2]),
-            jitter,
-            seed};
+            at<std::int64_t>(a[6])};
 }
 
 template <bool Cuda>
-void march_count(const std::string& dtype, const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre,
-                 const Vector& half, const Vector& steps, bool jitter, std::uint64_t seed, std::uintptr_t counts,
-                 std::uintptr_t place) {
+void march_count(const std::string& dtype, const Addresses<7>& a, const Sizes<3>& sizes, const Vector& centre,
+                 const Vector& half, const Vector& steps, std::uintptr_t counts, std::uintptr_t place) {
     py::gil_scoped_release released;
     for_type(dtype, false, [&](auto type) {
         using S = factorkit::wide_t<decltype(type)>;
-        const auto problem = march<S>(a, sizes, centre, half, steps, jitter, seed);
+        const auto problem = march<S>(a, sizes, centre, half, steps);
         if constexpr (Cuda)
             factorkit::march_count_cuda(problem, at<std::int64_t>(counts), at<void>(place));
         else
@@ -115,13 +113,13 @@ void march_count(const std::string& dtype, const Addresses<6>& a, const Sizes<3>
 }
 
 template <bool Cuda>  // and (offsets, t_start, t_end, ray), size
-void march_write(const std::string& dtype, const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre,
-                 const Vector& half, const Vector& steps, bool jitter, std::uint64_t seed, const Addresses<4>& to,
-                 std::int64_t size, std::uintptr_t place) {
+void march_write(const std::string& dtype, const Addresses<7>& a, const Sizes<3>& sizes, const Vector& centre,
+                 const Vector& half, const Vector& steps, const Addresses<4>& to, std::int64_t size,
+                 std::uintptr_t place) {
     py::gil_scoped_release released;
     for_type(dtype, false, [&](auto type) {
         using S = factorkit::wide_t<decltype(type)>;
-        const auto problem = march<S>(a, sizes, centre, half, steps, jitter, seed);
+        const auto problem = march<S>(a, sizes, centre, half, steps);
         const factorkit::MarchOutputs<S> out{at<std::int64_t>(to[0]), size, at<S>(to[1]), at<S>(to[2]),
                                              at<std::int64_t>(to[3])};
         if constexpr (Cuda)
@@ -131,19 +129,18 @@ void march_write(const std::string& dtype, const Addresses<6>& a, const Sizes<3>
     });
 }
 
-template <bool Cuda>  // (t_start, t_end, weights, offsets, edges), (rays, samples, per_ray, count)
-void resample(const std::string& dtype, const Addresses<5>& a, const Sizes<4>& sizes, bool jitter, std::uint64_t seed,
-              std::uintptr_t place) {
+template <bool Cuda>  // (t_start, t_end, weights, offsets, seed, edges), (rays, samples, per_ray, count)
+void resample(const std::string& dtype, const Addresses<6>& a, const Sizes<4>& sizes, std::uintptr_t place) {
     py::gil_scoped_release released;
     for_type(dtype, false, [&](auto type) {
         using S = factorkit::wide_t<decltype(type)>;
         const factorkit::Resample<S> problem{at<S>(a[0]), at<S>(a[1]), at<S>(a[2]), at<std::int64_t>(a[3]),
                                              sizes[0],    sizes[1],    sizes[2],    sizes[3],
-                                             jitter,      seed};
+                                             at<std::int64_t>(a[4])};
         if constexpr (Cuda)
-            factorkit::resample_cuda(problem, at<S>(a[4]), at<void>(place));
+            factorkit::resample_cuda(problem, at<S>(a[5]), at<void>(place));
         else
-            factorkit::resample(problem, at<S>(a[4]), int(place));
+            factorkit::resample(problem, at<S>(a[5]), int(place));
     });
 }
 

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cuda_launch.h"
 #include "hash_grid.h"
 
@@ -106,6 +108,26 @@ __global__ void __launch_bounds__(kThreads) encode_d_x(const HashGrid<T> grid, c
     for (int d = 0; d < D; ++d) d_x[n * D + d] = total[d];
 }
 
+// Adds to a row of the table around a point of D dimensions: as vectors where the hardware can, which is for fp32 from
+// sm_90 on, and where the registers suffice, which is below four dimensions.
+template <int D, class T, int F>
+__device__ __forceinline__ void add_to_row(T* row, const Features<T, F>& add) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    constexpr bool as_vectors = std::is_same_v<T, float> && F % 2 == 0 && D < 4;
+#else
+    constexpr bool as_vectors = false;
+#endif
+    if constexpr (as_vectors) {
+        using Vector = std::conditional_t<F == 2, float2, float4>;
+#pragma unroll
+        for (int f = 0; f < F; f += sizeof(Vector) / sizeof(float))
+            atomicAdd(reinterpret_cast<Vector*>(row + f), reinterpret_cast<const Vector&>(add.value[f]));
+    } else {
+#pragma unroll
+        for (int f = 0; f < F; ++f) atomicAdd(row + f, add.value[f]);
+    }
+}
+
 template <class T, int D, int F>
 __global__ void __launch_bounds__(kThreads)
     encode_d_table(const HashGrid<T> grid, const Features<T, F>* grad, T* d_table) {
@@ -123,9 +145,10 @@ __global__ void __launch_bounds__(kThreads)
     T* table = d_table + l * grid.rows * F;
 #pragma unroll
     for (int c = 0; c < 1 << D; ++c) {
+        Features<T, F> part;
 #pragma unroll
-        for (int f = 0; f < F; ++f)
-            atomicAdd(table + int64_t(vertices.row[c]) * F + f, weight * vertices.share[c] * upstream.value[f]);
+        for (int f = 0; f < F; ++f) part.value[f] = weight * vertices.share[c] * upstream.value[f];
+        add_to_row<D>(table + int64_t(vertices.row[c]) * F, part);
     }
 }
 

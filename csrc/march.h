@@ -30,8 +30,7 @@ struct March {
     int levels, resolution;          // a power of two, at least 8; at least 32 with blocks
     S centre[3], half[3];            // of level 0's box; level l is 2^l times as large about the same centre
     S step_min, step_max, cone;      // in units of t
-    bool jitter;
-    std::uint64_t seed;
+    const std::int64_t* seed;        // one number, from 0, where the rays are; or null: no jitter
 };
 
 template <class S>
@@ -111,8 +110,8 @@ FACTORKIT_HOST_DEVICE Step<S> leap(const March<S>& p, const Course<S>& c, Step<S
 // The edge at t, where step `index` starts and one of size `previous` ends.
 template <class S>
 FACTORKIT_HOST_DEVICE S jittered(const March<S>& p, const Course<S>& c, std::int64_t index, S t, S previous) {
-    if (!p.jitter || index == 0 || t >= c.far) return t < c.far ? t : c.far;
-    const S u = S(counter_uniform(p.seed, std::uint64_t(c.ray), std::uint64_t(index)));
+    if (!p.seed || index == 0 || t >= c.far) return t < c.far ? t : c.far;
+    const S u = S(counter_uniform(std::uint64_t(*p.seed), std::uint64_t(c.ray), std::uint64_t(index)));
     const S moved = std::fma(u - S(0.5), previous, t);
     return moved < c.far ? moved : c.far;
 }
@@ -202,7 +201,7 @@ FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit e
     c.speed = std::sqrt(std::fma(d[0], d[0], std::fma(d[1], d[1], d[2] * d[2])));
     c.margin = S(0.01) * c.cell_size / c.speed;
     // Jitter may move the start of the last step, which far cuts off, and its midpoint by half as much.
-    const S early = p.jitter ? S(0.25) : S(0), last = box.far + c.margin;
+    const S early = p.seed ? S(0.25) : S(0), last = box.far + c.margin;
 
     Step<S> step = first_step(p, c.near);
     if (step.end <= box.near - c.margin) step = leap(p, c, step, box.near - c.margin, S(INFINITY));

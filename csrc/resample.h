@@ -18,8 +18,7 @@ struct Resample {
     const std::int64_t* offsets;         // [rays + 1], or null: ray r owns the samples from r * per_ray on
     std::int64_t rays, samples, per_ray;
     std::int64_t count;                  // new steps of every ray
-    bool jitter;
-    std::uint64_t seed;
+    const std::int64_t* seed;            // one number, from 0, where the rays are; or null: no jitter
 };
 
 template <class S>
@@ -42,6 +41,7 @@ FACTORKIT_HOST_DEVICE void resample_ray(const Resample<S>& p, S* edges, std::int
     begin = begin < 0 ? 0 : begin;
     end = end > p.samples ? p.samples : end;
     S* out = edges + ray * (p.count + 1);
+    const std::uint64_t seed = p.seed ? std::uint64_t(*p.seed) : 0;
     S total = 0;
     for (std::int64_t i = begin; i < end; ++i) total += mass_of(p, i, false);
     const bool by_length = !(total > S(0));
@@ -57,7 +57,7 @@ FACTORKIT_HOST_DEVICE void resample_ray(const Resample<S>& p, S* edges, std::int
             out[j] = begin >= end ? S(0) : j == 0 ? p.t_start[begin] : p.t_end[end - 1];
             continue;
         }
-        const S shift = p.jitter ? S(counter_uniform(p.seed, std::uint64_t(ray), std::uint64_t(j))) - S(0.5) : S(0);
+        const S shift = p.seed ? S(counter_uniform(seed, std::uint64_t(ray), std::uint64_t(j))) - S(0.5) : S(0);
         const S target = (S(j) + shift) / S(p.count) * total;
         while (below + mass < target && i + 1 < end) {
             below += mass;

@@ -25,12 +25,13 @@ from factorkit.data.views.views import Views, resize_area
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.report.content import judged_alarms
 from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.inference.cutout_region import choose_cutout_region
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils import distributed
 from factorkit.utils.errors import DataError, format_count
-from factorkit.utils.files import save_image
+from factorkit.utils.files import read_log, save_image
 from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 SEGDIFF = "segdiff"  # the value of masks=
@@ -49,6 +50,7 @@ MIN_STILL_VIEWS = 8  # that show a background in turn
 BACKGROUND_CANDIDATES, MAX_COMPARED_VIEWS = 24, 100  # views whose colours may be the background's, and that confirm it
 STILL_TOLERANCE = 12  # of 255, by which a background that does not move differs at most
 MIN_STILL_BORDER = 0.9  # share of the border's pixels that must stand still, or have one colour
+HELP = "Look at the masks, and give others, or none"
 MASK_FOLDER, RECORD = "masks", "object_masks.json"  # in the folder of the segdiff run
 
 
@@ -183,8 +185,12 @@ def make_object_masks(
         digest.update(image.tobytes())
     key, target = digest.hexdigest(), folder / MASK_FOLDER
     note = distributed.run_on_first(lambda: _write_masks(run, images, small, is_still, files, target, key, progress))
-    if progress and not distributed.rank():
-        print(f"masks: {note}", file=sys.stderr)
+    _, failures = judged_alarms(read_log(folder))
+    if not distributed.rank():
+        if progress:
+            print(f"masks: {note}", file=sys.stderr)
+        if failures:
+            print(f"masks: probably not of an object: {'; '.join(failures)}. {HELP}", file=sys.stderr)
     return target
 
 

@@ -94,6 +94,17 @@ def test_make_object_masks_without_an_object_are_refused(tmp_path, photos, monke
         object_masks.add_object_masks(photos, tmp_path / "masks", {}, progress=False)
 
 
+def test_make_object_masks_failed_alarms_are_printed_without_progress(tmp_path, monkeypatch, capsys):
+    alarms = {"event": "alarms", "step": 1, "failures": ["masks without objects: 0.10 < 0.25"]}
+    monkeypatch.setattr(object_masks.segdiff, "train_segdiff", Mock())
+    monkeypatch.setattr(object_masks, "_write_masks", Mock(return_value="3 masks"))
+    monkeypatch.setattr(object_masks, "read_log", lambda folder: [alarms])
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    object_masks.make_object_masks([lambda: pixels], ["0.png"], tmp_path / "masks", progress=False)
+    text = capsys.readouterr().err
+    assert text == f"masks: probably not of an object: {alarms['failures'][0]}. {object_masks.HELP}\n"
+
+
 def test_train_nerfdiff_segdiff_masks_of_an_iterator_are_refused(tmp_path):
     with pytest.raises(DataError, match="can be read only once: give a list"):
         factorkit.train_nerfdiff(iter([]), out=tmp_path / "run", masks="segdiff")

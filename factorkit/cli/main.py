@@ -79,7 +79,7 @@ COMMANDS = {
     "view": ("view", "View"),
     "reproduce": ("reproduce", "Reproduce"),
     "evaluate": ("evaluate", "Evaluate"),
-    "choose-regions": ("train", "ChooseRegions"),
+    "choose-regions": ("segment", "ChooseRegions"),
     "checkpoint": ("checkpoint", "Checkpoint"),
     "prepare": ("data", "Prepare"),
     "doctor": ("doctor", "Doctor"),

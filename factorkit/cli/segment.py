@@ -1,12 +1,25 @@
-"""``factorkit segment``."""
+"""``factorkit segment`` and ``factorkit choose-regions``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OutputCommand, Paths, Result
+from tyro.conf import Positional, arg
+
+from factorkit.cli.base import (
+    Command,
+    Device,
+    Flag,
+    NoiseLevel,
+    OptionalInt,
+    OutputCommand,
+    Paths,
+    Result,
+    report_interruption,
+)
+from factorkit.cli.data import parse_holdout
 from factorkit.utils.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
@@ -135,3 +148,68 @@ class Segment(OutputCommand):
             "the pixels change region from frame to frame"
         )
         return segments._asdict() | {"out": str(self.out)}, text
+
+
+@dataclass(kw_only=True)
+class ChooseRegions(Command):
+    """Recommend a number of regions for a set of images, without labels.
+
+    For every candidate K and seed, a spatial mixture model of colours is trained for seconds and judged on held-out
+    images by the share of noise that it cannot separate from the image. The recommended K is the smallest one after
+    which the next K lowers that error by less than --min-improvement. It counts things that have much the same position
+    in all images, whatever their colours.
+
+    OUT receives choice.json, regions.png (images and their regions, one row per candidate) and the trainings. The same
+    command again trains only what is not finished; candidates, seeds and steps may be added.
+
+    Examples:
+        factorkit choose-regions photos/
+        factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seed-trials 3
+    """
+
+    data: Positional[Annotated[Path | None, arg(metavar="DATA", help_behavior_hint="")]] = None
+    """Images, in any format that `factorkit train segdiff` reads. The default is the procedural flowers."""
+    out: Path = Path("runs/regions")
+    """Folder to write to."""
+    candidates: Annotated[tuple[int, ...], arg(metavar="K K...")] = (2, 3, 4, 5)
+    """Numbers of regions to try."""
+    seed_trials: int = 2
+    """Trainings of each candidate; the best one counts."""
+    min_improvement: float = 0.02
+    """Share of the error that one more region must remove."""
+    resolution: int = 32
+    """Pixels a side."""
+    random_flip: bool = True
+    """Mirror half of the training images. Turn it off for objects that all face one way."""
+    steps: int = 200
+    """Steps of each training."""
+    holdout: str = "auto"
+    """Labelled images to judge on, see factorkit prepare --help. Without labels up to a quarter of all images."""
+    device: Device = "auto"
+    """Where to train. auto uses a GPU if there is one."""
+
+    def execute(self) -> Result:
+        from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
+
+        with report_interruption(self.out):
+            choice = choose_regions(
+                self.data,
+                out=self.out,
+                candidates=self.candidates,
+                seed_trials=self.seed_trials,
+                min_improvement=self.min_improvement,
+                resolution=self.resolution,
+                random_flip=self.random_flip,
+                steps=self.steps,
+                holdout=parse_holdout(self.holdout),
+                device=self.device,
+            )
+        image = self.out / GRID_FILE
+        data = {
+            "regions": choice.regions,
+            "errors": choice.errors,
+            "improvements": choice.improvements,
+            "reason": choice.reason,
+        }
+        text = f"{choice.table()}\n\n{choice.reason}\nregions  {choice.regions}\nimage    {image}"
+        return {**data, "out": str(self.out), "image": str(image)}, text

@@ -1,4 +1,4 @@
-"""``factorkit train`` and ``factorkit choose-regions``."""
+"""``factorkit train``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tyro.conf import Positional, arg
 
 from factorkit.cli.base import (
     Command,
-    Device,
     Flag,
     OptionalFloat,
     OptionalName,
@@ -252,86 +251,32 @@ class TrainAutoencoder(Command):
     """Images to train on. The default is the procedural flowers of the package."""
     out: Path = Path("runs/autoencoder")
     """Run folder."""
+    dry_run: Flag = False
+    """Train nothing: print parameters, images/s and the duration of the run on this machine."""
 
     PROCESSES = "all"
     BASIC = (*COMMON, "model", "downsample", "latent_channels", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import judge_run
-        from factorkit.segdiff.autoencoder import REPORT, AutoencoderConfig, train_autoencoder
+        from factorkit.segdiff.autoencoder import REPORT, AutoencoderConfig, estimate, train_autoencoder
 
         settings = _settings(self, AutoencoderConfig)
+        if self.dry_run:
+            data = estimate(**settings)
+            lines = [
+                f"model   {data['parameters'] / 1e6:.2f} M parameters",
+                f"speed   {data['images_per_second']:.1f} images/s on {data['device']}",
+                f"time    {format_duration(data['seconds'])} for {format_count(data['steps'], 'step')} of "
+                f"{format_count(data['batch_size'], 'image')}",
+            ]
+            return data, "\n".join(lines)
         settings["holdout"] = parse_holdout(settings["holdout"])
         with report_interruption(self.out):
             run = train_autoencoder(self.data, out=self.out, **settings)
         (judgement, lines), report = judge_run(self.out, REPORT), str(self.out / "report.html")
         data = {"run": str(self.out), "report": report, "steps": run.step, **judgement}
         return data, "\n".join([*lines, "", f"run     {self.out}", f"report  {report}"])
-
-
-@dataclass(kw_only=True)
-class ChooseRegions(Command):
-    """Recommend a number of regions for a set of images, without labels.
-
-    For every candidate K and seed, a spatial mixture model of colours is trained for seconds and judged on held-out
-    images by the share of noise that it cannot separate from the image. The recommended K is the smallest one after
-    which the next K lowers that error by less than --min-improvement. It counts things that have much the same position
-    in all images, whatever their colours.
-
-    OUT receives choice.json, regions.png (images and their regions, one row per candidate) and the trainings. The same
-    command again trains only what is not finished; candidates, seeds and steps may be added.
-
-    Examples:
-        factorkit choose-regions photos/
-        factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seed-trials 3
-    """
-
-    data: Positional[Annotated[Path | None, arg(metavar="DATA", help_behavior_hint="")]] = None
-    """Images, in any format that `factorkit train segdiff` reads. The default is the procedural flowers."""
-    out: Path = Path("runs/regions")
-    """Folder to write to."""
-    candidates: Annotated[tuple[int, ...], arg(metavar="K K...")] = (2, 3, 4, 5)
-    """Numbers of regions to try."""
-    seed_trials: int = 2
-    """Trainings of each candidate; the best one counts."""
-    min_improvement: float = 0.02
-    """Share of the error that one more region must remove."""
-    resolution: int = 32
-    """Pixels a side."""
-    random_flip: bool = True
-    """Mirror half of the training images. Turn it off for objects that all face one way."""
-    steps: int = 200
-    """Steps of each training."""
-    holdout: str = "auto"
-    """Labelled images to judge on, see factorkit prepare --help. Without labels up to a quarter of all images."""
-    device: Device = "auto"
-    """Where to train. auto uses a GPU if there is one."""
-
-    def execute(self) -> Result:
-        from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
-
-        with report_interruption(self.out):
-            choice = choose_regions(
-                self.data,
-                out=self.out,
-                candidates=self.candidates,
-                seed_trials=self.seed_trials,
-                min_improvement=self.min_improvement,
-                resolution=self.resolution,
-                random_flip=self.random_flip,
-                steps=self.steps,
-                holdout=parse_holdout(self.holdout),
-                device=self.device,
-            )
-        image = self.out / GRID_FILE
-        data = {
-            "regions": choice.regions,
-            "errors": choice.errors,
-            "improvements": choice.improvements,
-            "reason": choice.reason,
-        }
-        text = f"{choice.table()}\n\n{choice.reason}\nregions  {choice.regions}\nimage    {image}"
-        return {**data, "out": str(self.out), "image": str(image)}, text
 
 
 def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, Any]:

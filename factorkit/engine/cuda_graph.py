@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 
 import torch
@@ -20,6 +20,7 @@ class GraphedWork:
 
     Kernels and addresses are recorded: ``work`` may read no changing values except tensors that stay in place, and may
     not wait for the device. Random numbers are the same as without a graph; generators may be seeded between calls.
+    Work whose kernels change now and then has another form: it is recorded again, and the old recording is dropped.
 
     Args:
         work: takes and returns nothing.
@@ -39,9 +40,14 @@ class GraphedWork:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.side_stream = torch.cuda.Stream(device)
         self.runs, self.can_capture = 0, True
+        self.form: Hashable = None
 
-    def __call__(self) -> None:
-        """Run the work, from the graph once it is captured."""
+    def __call__(self, form: Hashable = None) -> None:
+        """Run the work, from the graph once it is captured. ``form`` names the kernels that it launches."""
+        if form != self.form:
+            if self.graph is not None:
+                torch.cuda.current_stream(self.device).synchronize()  # its last replay may not have ended
+            self.form, self.graph, self.runs = form, None, 0
         if self.graph is None and self.can_capture and self.runs >= WARM_UP:
             self._capture()
         if self.graph is not None:

@@ -7,7 +7,7 @@ on the device; it is reported when the log is written. So the same code runs eag
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -39,12 +39,15 @@ class Task(Protocol):
 
     A task may also have ``takes_device_indices = True``: :meth:`loss` gets its indices on the device although it is not
     capturable, so that it need not wait for their copy. It may also have ``update_buffers(model)``: it updates the
-    buffers of the averaged model from the training data, before :meth:`inspect`. All processes call it.
+    buffers of the averaged model from the training data, before :meth:`inspect`. All processes call it. And it may have
+    ``prepare(step)``, called before the loss of a step is computed: it writes what depends on the number of the step
+    into tensors that stay in place, and returns a hashable value that changes where :meth:`loss` takes another path.
 
     Attributes:
         model: the module to train.
         size: number of training images.
-        capturable: whether :meth:`loss` runs entirely on the device, so that a CUDA graph can record it.
+        capturable: whether :meth:`loss` runs entirely on the device, so that a CUDA graph can record it. Between two
+            calls only tensors that stay in place may change, unless ``prepare`` returns another value.
     """
 
     model: nn.Module
@@ -140,10 +143,7 @@ class TrainingStep:
         measure_convolutions(device)
         indices_on_gpu = on_gpu and (task.capturable or getattr(task, "takes_device_indices", False))
         self.micro_batches = list(_micro_batches(config))
-        self.draws = [
-            BatchDraw(config.seed, 0, config.batch_size, rows, device, first=i == 0)
-            for i, rows in enumerate(self.micro_batches)
-        ]
+        self.draws = [BatchDraw(config.seed, 0, config.batch_size, rows, device) for rows in self.micro_batches]
         objective = sharded or Objective(task)
         self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if indices_on_gpu else "cpu")
         objective.indices = self.indices
@@ -159,7 +159,7 @@ class TrainingStep:
         self.gradient_names: list[str] = []  # parameters that have a gradient
         self.history = torch.zeros(config.log_every, 3, dtype=torch.int64, device=device)  # finite, causes; by step
         self.unreported_steps: list[int] = []
-        self.run = self._work
+        self.run: Callable[[Hashable], None] = lambda form: self._work()
         if on_gpu and task.capturable and config.cuda_graph and not synchronised:
             self.run = GraphedWork(self._work, lambda: [d.generator for d in self.draws], self._reset, device)
 
@@ -167,7 +167,7 @@ class TrainingStep:
         """Take the step that follows ``step`` finished ones."""
         self._prepare(step)
         self.model.train()
-        self.run()
+        self.run(self._prepare_task(step))
         self.history[len(self.unreported_steps)].copy_(torch.cat([self.finite[None], self.causes]))
         self.unreported_steps.append(step)
 
@@ -203,6 +203,13 @@ class TrainingStep:
             draw.restart(images_seen)
         order = image_order(config.seed, images_seen, config.batch_size, self.task.size)
         self.indices.copy_(order.pin_memory() if self.indices.is_cuda else order, non_blocking=True)
+
+    def _prepare_task(self, step: int) -> Hashable:
+        prepare = getattr(self.task, "prepare", None)
+        if prepare is None:
+            return None
+        with autocast(self.config, self.step.device):
+            return prepare(step)
 
     def _reset(self) -> None:
         """After a failed capture, replace the generators it used and drop partial gradients."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
@@ -60,7 +61,7 @@ class NerfdiffConfig(EngineConfig):
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
     origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
     an object keeps its size. () assumes upright cameras that look at the origin from one distance. None, the default,
-    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre of its views, and
+    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre or of changing size, and
     "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise (). With "aim" the search compares views
     that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
@@ -231,26 +232,27 @@ class NerfdiffConfig(EngineConfig):
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
-    def choose_field(self, unbounded: bool) -> NerfdiffConfig:
-        """Return the configuration with field="auto" decided, by whether the scene is unbounded."""
-        if self.field != "auto":
-            return self
-        sizes = {"grid_resolution": min(self.resolution, MAX_UNBOUNDED_GRID)} if unbounded else {}
-        return self._with_sizes("grid" if unbounded else "gaussians", sizes)
+    def with_field(
+        self, field: Any, unbounded: Any = "auto", stored: Mapping[str, Any] = MappingProxyType({})
+    ) -> NerfdiffConfig:
+        """Return the configuration with a field; settings that the preset sized for the old one follow it.
+
+        Args:
+            field: kind of the field.
+            unbounded: "auto", "yes" or "no".
+            stored: settings of a run that is resumed, whose sizes come before those of the preset.
+        """
+        old, new = _sized(self.resolution, self.field), _sized(self.resolution, field, unbounded == "yes")
+        sizes = {name: stored.get(name, new[name]) for name, value in old.items() if getattr(self, name) == value}
+        return dataclasses.replace(self, field=field, unbounded=unbounded, **sizes)
 
     def with_choices(self, stored: Mapping[str, Any]) -> NerfdiffConfig:
         """Return the configuration with those choices by the views that the stored settings of a run have."""
         if "scene" not in stored:
             return self
-        config = self if self.field != "auto" else self._with_sizes(stored["field"], {k: stored[k] for k in SIZES})
-        unbounded = stored.get("unbounded", "no") if config.unbounded == "auto" else config.unbounded
-        return dataclasses.replace(config, unbounded=unbounded)
-
-    def _with_sizes(self, field: Any, sizes: Mapping[str, int]) -> NerfdiffConfig:
-        """Return the configuration with another field, and with those sizes that the preset chose replaced."""
-        chosen = _sized(self.resolution, self.field)
-        changes: dict[str, Any] = {k: value for k, value in sizes.items() if getattr(self, k) == chosen[k]}
-        return dataclasses.replace(self, field=field, **changes)
+        field = stored["field"] if self.field == "auto" else self.field
+        unbounded = stored.get("unbounded", "no") if self.unbounded == "auto" else self.unbounded
+        return self.with_field(field, unbounded, stored)
 
 
 NUM_HEADS = 4  # of the transformer
@@ -312,17 +314,24 @@ _THESIS = {
 
 
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
-MAX_UNBOUNDED_GRID = 96  # likewise of the grid of an unbounded scene, where nobody names a field
 MAX_GRID_VIEWS = 64  # pixels of the longer side above which Gaussians reach more dB in the same time than a grid
 
 
 SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 
 
-def _sized(resolution: int, field: str) -> dict[str, Any]:
-    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
+def _sized(resolution: int, field: str, unbounded: bool = False) -> dict[str, Any]:
+    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel.
+
+    Rays of an unbounded scene are sampled twice, the second time where something is, so that half as many samples
+    suffice; more vertices would cost time and show nothing, since few views see each of them.
+    """
     side = min(max(resolution, 32), MAX_START_GRID if field in ("auto", "gaussians") else 128)
-    return dict(zip(SIZES, (side, side, round(600 * side / 32)), strict=True))
+    half = max(32, side // 2)
+    sizes = (
+        (max(32, 3 * side // 4), half, round(600 * half / 32)) if unbounded else (side, side, round(600 * side / 32))
+    )
+    return dict(zip(SIZES, sizes, strict=True))
 
 
 #: changes of search="joint" to the presets "demo" and "fast"

@@ -95,10 +95,9 @@ class CameraModel:
         if not self.forward_facing:
             return rays
         ndc = ndc_rays(rays, self.pixel_intrinsics(*size).to(rays.origins), *size)
-        scale = rays.origins.new_tensor([1 / NDC_MARGIN, 1 / NDC_MARGIN, 1.0])
         skipped = 1 - 1 / start_depth(rays.origins)[..., None]
         origins = ndc.origins + skipped * ndc.directions
-        return Rays(origins * scale, ndc.directions * scale)
+        return Rays(*(torch.cat([x[..., :2] * (1 / NDC_MARGIN), x[..., 2:]], -1) for x in (origins, ndc.directions)))
 
     @property
     def box_scale(self) -> Tensor | None:
@@ -146,7 +145,7 @@ def render_pixels(
     pixels: Tensor,
     size: tuple[int, int],
     samples: int,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     views: Tensor | None = None,
     first_ray: int = 0,
     intrinsics: Tensor | None = None,

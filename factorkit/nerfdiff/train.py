@@ -37,7 +37,7 @@ from factorkit.nerfdiff.search_record import load_record
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
-from factorkit.nerfdiff.stages.recentre import is_off_centre
+from factorkit.nerfdiff.stages.recentre import is_unevenly_framed
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.nerfdiff.unregistered import localise_unregistered
@@ -220,7 +220,7 @@ class _StageTimer(Training):
         views_per_second = config.batch_size / seconds
         if isinstance(task, SearchTask):
             start = time.perf_counter()
-            task.errors(0)
+            task.errors()
             seconds += (time.perf_counter() - start) / UPDATE_EVERY
         stage = {"name": name, "steps": config.steps, "views_per_second": views_per_second}
         self.stages.append({**stage, "seconds": preparation + config.steps * seconds})
@@ -242,15 +242,15 @@ def choose_capture_settings(
 ) -> NerfdiffConfig:
     """Return the configuration with what is open chosen by the views.
 
-    These are ``optimize_camera``, ``ordered``, ``unbounded`` and ``field``. The choices of ``stored`` settings, those
-    of a run that is resumed, stay.
+    These are ``optimize_camera``, ``ordered``, ``unbounded``, ``field`` and its sizes. The choices of ``stored``
+    settings, those of a run that is resumed, stay.
     """
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
     if parameters is None and stored.get("optimize_camera") is not None:
         parameters = tuple(stored["optimize_camera"])
     if parameters is None:
-        by_hand = searched and config.candidate_type == "look_at" and is_off_centre(scene)
+        by_hand = searched and config.candidate_type == "look_at" and is_unevenly_framed(scene)
         parameters = (
             *(("aim", "distance", "roll") if by_hand else ()),
             *(("focal",) if searched and not scene.has_focal else ()),
@@ -261,7 +261,9 @@ def choose_capture_settings(
         ordered = "yes" if searched and find_order(scene) is not None else "no"
     config = config.with_choices(stored)
     unbounded = choose_unbounded(config, scene)
-    config = config.choose_field(unbounded == "yes")
+    if "scene" not in stored:
+        by_views = "grid" if unbounded == "yes" else "gaussians"
+        config = config.with_field(by_views if config.field == "auto" else config.field, unbounded)
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
@@ -296,7 +298,9 @@ def list_notes(
     if config.unbounded == "yes":
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "
-            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone)."
+            "at, and neither masks nor a background of one colour show an object (--unbounded no: the box alone). "
+            f"Unless they were given, the sizes suit such scenes: grid_resolution={config.grid_resolution}, "
+            f"samples_per_ray={config.samples_per_ray}, field_steps={config.field_steps}."
         )
     elif scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(

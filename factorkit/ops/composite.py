@@ -19,9 +19,9 @@ from factorkit.ops.dispatch import (
     call_extension,
     check_matches,
     check_offsets,
-    check_seed,
     reference_gradients,
     register,
+    seed_tensor,
     select,
 )
 from factorkit.ops.march import counter_uniform
@@ -42,7 +42,7 @@ def pad_rays(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def invert_distribution(
-    t_start: Tensor, t_end: Tensor, weights: Tensor, offsets: Tensor | None, count: int, seed: int | None
+    t_start: Tensor, t_end: Tensor, weights: Tensor, offsets: Tensor | None, count: int, seed: int | Tensor | None
 ) -> Tensor:
     """Compute :func:`sample_pdf` in plain PyTorch: the reference."""
     if offsets is not None:
@@ -74,7 +74,7 @@ def sample_pdf(
     count: int,
     ray_offsets: Tensor | None = None,
     *,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first_ray: int = 0,
 ) -> Tensor:
     """Compute the edges [N, count + 1] of ``count`` new steps a ray (Mildenhall et al. 2020, 5.2).
@@ -102,7 +102,7 @@ def sample_pdf(
         raise ValueError(f"t_start must be float32 or float64 {form}; got {t_start.dtype} {tuple(t_start.shape)}")
     check_matches("t_end", t_end, "t_start", t_start)
     check_matches("weights", weights, "t_start", t_start)
-    check_seed(seed)
+    seed = seed_tensor(seed, t_start.device)
     if count < 1:
         raise ValueError(f"count={count}; at least one step is needed")
     if ray_offsets is not None:
@@ -117,17 +117,17 @@ def sample_pdf(
 
 
 def _resample_forward(
-    t_start: Tensor, t_end: Tensor, weights: Tensor, offsets: Tensor | None, count: int, seed: int | None
+    t_start: Tensor, t_end: Tensor, weights: Tensor, offsets: Tensor | None, count: int, seed: Tensor | None
 ) -> Tensor:
     edges = _resample_fake(t_start, t_end, weights, offsets, count, seed)
     tensors = [x if x is None else x.contiguous() for x in (t_start, t_end, weights, offsets)]
     sizes = (edges.shape[0], t_start.numel(), 0 if offsets is not None else t_start.shape[1], count)
-    call_extension("resample", t_start, (*tensors, edges), sizes, seed is not None, seed or 0)
+    call_extension("resample", t_start, (*tensors, seed, edges), sizes)
     return edges
 
 
 def _resample_fake(
-    t_start: Tensor, t_end: Tensor, weights: Tensor, offsets: Tensor | None, count: int, seed: int | None
+    t_start: Tensor, t_end: Tensor, weights: Tensor, offsets: Tensor | None, count: int, seed: Tensor | None
 ) -> Tensor:
     return t_start.new_empty(t_start.shape[0] if offsets is None else offsets.shape[0] - 1, count + 1)
 

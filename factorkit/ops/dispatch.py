@@ -311,7 +311,13 @@ def check_box(lower: Sequence[float], upper: Sequence[float]) -> tuple[list[floa
     return low, high
 
 
-def check_seed(seed: int | None) -> None:
-    """Raise ValueError unless the seed is None or fits 63 bits."""
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a seed as an int64 scalar on the device; raise ValueError unless it is one, None, or fits 63 bits."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            actual = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed is {actual}; give one int64 number on {device}, or an integer")
+        return seed
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed}; it must be from 0 to 2^63 - 1, or None for no jitter")
+    return None if seed is None else torch.full((), seed, dtype=torch.int64, device=device)

@@ -14,10 +14,10 @@ from factorkit.ops.dispatch import (
     check_box,
     check_matches,
     check_rays,
-    check_seed,
     check_values,
     is_readable,
     register,
+    seed_tensor,
     select,
 )
 from factorkit.ops.intersect import cross_slabs
@@ -36,11 +36,12 @@ class Samples(NamedTuple):
 # --- reference ---
 
 
-def counter_uniform(seed: int, ray: Tensor, step: Tensor) -> Tensor:
+def counter_uniform(seed: int | Tensor, ray: Tensor, step: Tensor) -> Tensor:
     """Hash (ray, step, seed) by pcg4d (Jarzynski & Olano 2020) to fp64 multiples of 2^-24 in [0, 1)."""
     mask = 0xFFFFFFFF  # integers wrap at 2^32
     ray, step = torch.broadcast_tensors(ray, step)
-    words = [ray & mask, step & mask, torch.full_like(ray, seed & mask), torch.full_like(ray, seed >> 32)]
+    zero = torch.zeros_like(ray)
+    words = [ray & mask, step & mask, zero + (seed & mask), zero + (seed >> 32 & mask)]
     v = [(w * 1664525 + 1013904223) & mask for w in words]
     for mix in (True, False):
         for a, b, c in ((0, 1, 3), (1, 2, 0), (2, 0, 1), (3, 1, 2)):
@@ -61,7 +62,7 @@ def march_all_steps(
     step: float,
     max_step: float,
     cone_angle: float,
-    seed: int | None,
+    seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return t_start [M], t_end [M], offsets [N + 1] and each sample's ray [M], testing every step of every ray."""
     low, high = origins.new_tensor(lower), origins.new_tensor(upper)
@@ -134,7 +135,7 @@ def march_rays(
     step: float,
     max_step: float = math.inf,
     cone_angle: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first_ray: int = 0,
     capacity: int | None = None,
 ) -> Samples:
@@ -159,7 +160,8 @@ def march_rays(
         max_step: largest step.
         cone_angle: growth of the step with t.
         seed: moves each inner edge at random by up to half a step either way, a function of (seed, ray, step) alone,
-            the same on CPU and CUDA; None leaves the edges unmoved.
+            the same on CPU and CUDA; an int64 scalar on the device of the rays is read there, without waiting. None
+            leaves the edges unmoved.
         first_ray: the number of the first ray, so that rays processed in parts move as in one call.
         capacity: None finds the exact number of samples, which waits once for the device. A number allocates that many
             and never waits: rays that do not fit are cut off, the last entries may be empty (zero length, ray 0).
@@ -174,7 +176,7 @@ def march_rays(
         check_matches(name, x, "origins", origins, origins.shape[:1])
         check_values(name, x, allow_infinity=name == "far")
     low, high = check_box(lower, upper)
-    check_seed(seed)
+    seed = seed_tensor(seed, origins.device)
     _check_occupancy(occupancy, origins)
     if not (0 < step < math.inf and step <= max_step) or not 0 <= cone_angle < math.inf:
         raise ValueError(f"need 0 < step <= max_step and cone_angle >= 0; got {step}, {max_step} and {cone_angle}")
@@ -271,19 +273,19 @@ def _occupied_blocks(occupancy: Tensor) -> Tensor:
 
 MARCH = (
     "Tensor origins, Tensor directions, Tensor near, Tensor far, Tensor occupancy, Tensor blocks, float[] lower, "
-    "float[] upper, float step, float max_step, float cone_angle, int? seed"
+    "float[] upper, float step, float max_step, float cone_angle, Tensor? seed"
 )
 
 
 def _problem(*march: Any) -> tuple:
     """Return the arguments of csrc/march.h, with contiguous tensors."""
     lower, upper, step, max_step, cone_angle, seed = march[6:]
-    tensors = tuple(x.contiguous() for x in march[:6])
+    tensors = (*(x.contiguous() for x in march[:6]), seed)
     centre = [(a + b) / 2 for a, b in zip(lower, upper, strict=True)]
     half = [(b - a) / 2 for a, b in zip(lower, upper, strict=True)]
     origins, occupancy = tensors[0], tensors[4]
     sizes = (origins.shape[0], occupancy.shape[0], _grid_resolution(occupancy))
-    return tensors, sizes, centre, half, [step, max_step, cone_angle], seed is not None, seed or 0
+    return tensors, sizes, centre, half, [step, max_step, cone_angle]
 
 
 def _count(origins: Tensor, *march: Any) -> Tensor:

@@ -53,7 +53,8 @@ def pixel_rays(camera_to_world: Tensor, intrinsics: Tensor, pixels: Tensor) -> R
 
 def image_rays(camera_to_world: Tensor, intrinsics: Tensor, height: int, width: int) -> Rays:
     """Compute the rays through the centres of all pixels, [..., height, width, 3]; see :func:`pixel_rays`."""
-    down, right = (torch.arange(side).to(camera_to_world) for side in (height, width))
+    dtype, device = camera_to_world.dtype, camera_to_world.device
+    down, right = (torch.arange(side, dtype=dtype, device=device) for side in (height, width))
     down, right = torch.meshgrid(down, right, indexing="ij")
     rays = pixel_rays(camera_to_world, intrinsics, torch.stack([right, down], dim=-1).reshape(-1, 2) + 0.5)
     return Rays(*(x.unflatten(-2, (height, width)) for x in rays))
@@ -162,4 +163,5 @@ def _scale(intrinsics: Tensor, height: int, width: int, near: float) -> Tensor:
     """Return twice the focal lengths in units of the image's sides, [..., 2]."""
     if not near > 0:
         raise ValueError(f"near={near}; the near plane is in front of the cameras, give a distance above 0")
-    return 2 * intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2] / intrinsics.new_tensor([width, height])
+    x, y = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2].unbind(-1)
+    return torch.stack([2 * x / width, 2 * y / height], -1)  # a tensor of both sides would be copied from the host

@@ -38,7 +38,7 @@ def render(
     early_stop: float = 0.0,
     normals: bool = False,
     distortion: bool = False,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first_ray: int = 0,
     chunk: int | None = None,
 ) -> Rendered:

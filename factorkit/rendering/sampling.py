@@ -77,7 +77,7 @@ class UniformSampling:
         origins: Tensor,
         directions: Tensor,
         density: Density,
-        seed: int | None,
+        seed: int | Tensor | None,
         first_ray: int = 0,
         shift: Tensor | None = None,
     ) -> Intervals:
@@ -128,7 +128,7 @@ class UnboundedSampling:
         origins: Tensor,
         directions: Tensor,
         density: Density,
-        seed: int | None,
+        seed: int | Tensor | None,
         first_ray: int = 0,
         shift: Tensor | None = None,
     ) -> Intervals:
@@ -140,7 +140,7 @@ class UnboundedSampling:
         edges = ops.sample_pdf(coarse.t_start, coarse.t_end, weights, self.num_samples, seed=seed, first_ray=first_ray)
         return _dense_intervals(edges)
 
-    def place_evenly(self, origins: Tensor, seed: int | None, first_ray: int = 0) -> Intervals:
+    def place_evenly(self, origins: Tensor, seed: int | Tensor | None, first_ray: int = 0) -> Intervals:
         """Return the steps of the first pass."""
         distance = origins.norm(dim=1, keepdim=True)
         near = NEAR_SHARE * distance
@@ -161,7 +161,7 @@ def _weights(sigma: Tensor, steps: Intervals) -> Tensor:
     return weights
 
 
-def _unit_edges(near: Tensor, count: int, seed: int | None, first_ray: int) -> Tensor:
+def _unit_edges(near: Tensor, count: int, seed: int | Tensor | None, first_ray: int) -> Tensor:
     """Return the edges of steps from 0 to 1, [count + 1] if they are even, [N, count + 1] if jittered by a seed."""
     if seed is None:
         return torch.linspace(0, 1, count + 1, dtype=near.dtype, device=near.device)
@@ -206,7 +206,7 @@ class OccupancySampling:
         origins: Tensor,
         directions: Tensor,
         density: Density,
-        seed: int | None,
+        seed: int | Tensor | None,
         first_ray: int = 0,
         shift: Tensor | None = None,
     ) -> Intervals:

@@ -6,18 +6,24 @@ as a share of the way from that of other photos (0) to that of photos with their
 The grain finds images with the right colours under the noise that a half-trained network leaves. It is the deviation of
 the white noise that would give photos as much fine colour detail as drawn images have: the energy of the two finest
 diagonal Haar bands of the colour differences, where photos have little and white noise as much as in any other band.
+
+The structure finds texture of the right spectrum without content. Fine detail of photos is sparse: edges, and smooth
+areas between them. That of a half-trained network is Gaussian. The ratio of mean magnitude to root mean square of each
+Haar band of the brightness says which, whatever the amount of detail.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.engine.run_log import RunLog
@@ -29,12 +35,11 @@ from factorkit.utils.files import read_log
 from factorkit.utils.rng import derived_seed
 
 DRAWN_IMAGES, GRAIN = "drawn images", "grain of drawn images"  # names of the checks
-MAX_GRAIN = (
-    0.045  # of pixels in [0, 1]: photos below .01, after 200 steps .09; between .039 of images and .051 of noise
-)
-CHANCE_ERRORS = (
-    3  # standard errors of the energy of fine detail, as many photos as drawn images, below which it is chance
-)
+STRUCTURE = "structure of drawn images"
+MAX_GRAIN = 0.055  # of pixels in [0, 1]: photos below .01, the demo .041, half-trained runs .058 to .1
+MAX_NOISE_IN_DETAIL = 0.82  # photos 0, the demo .61, 800 steps .72 to .77, half-trained runs .86 to .94
+GAUSSIAN_RATIO = (2 / math.pi) ** 0.5  # mean magnitude to root mean square of Gaussian noise
+CHANCE_ERRORS = 3  # standard errors, of as many photos as drawn images, below which it is chance
 GRAY = 1e-3  # largest colour difference of photos without colour
 MAX_NOISE_SHARE = 0.5  # success .2-.35, untrained 3-7, a colour or the mean image 3-9, smooth blobs 1.1-2
 NUM_CHECKED = 32  # images drawn at the end of a training
@@ -56,6 +61,8 @@ class DrawnScores:
         photos_precision, photos_recall: of reference photos, as many, in the place of the drawn images.
         grain: deviation of the white noise by which the drawn images have more fine detail than the photos.
         grain_by_chance: that which as many photos have by chance, since photos differ in their fine detail.
+        noise_in_detail: share of the way from the sparse fine detail of photos (0) to Gaussian noise (1).
+        noise_in_detail_by_chance: that which as many photos have by chance.
     """
 
     images: int
@@ -68,6 +75,8 @@ class DrawnScores:
     photos_recall: float
     grain: float
     grain_by_chance: float
+    noise_in_detail: float
+    noise_in_detail_by_chance: float
 
     @property
     def noise_share(self) -> float:
@@ -85,11 +94,17 @@ class DrawnScores:
             f"{GRAIN}: they have the fine detail of photos under white noise of deviation {self.grain:.3f} (pixels in "
             f"[0, 1]; at most {max_grain:.3f}); train for more steps"
         )
+        max_noise = max(MAX_NOISE_IN_DETAIL, self.noise_in_detail_by_chance)
+        structure = (
+            f"{STRUCTURE}: their fine detail is {self.noise_in_detail:.2f} of the way from photos to noise (at most "
+            f"{max_noise:.2f}); train for more steps"
+        )
         return [
             Check(name, value, high=high, failures=(failure,) if value > high else ())
             for name, value, high, failure in (
                 (DRAWN_IMAGES, self.noise_share, MAX_NOISE_SHARE, distance),
                 (GRAIN, self.grain, max_grain, grain),
+                (STRUCTURE, self.noise_in_detail, max_noise, structure),
             )
         ]
 
@@ -111,8 +126,11 @@ def choose_photos(count: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[drawn:][:MAX_REFERENCE]), np.sort(order[:drawn])
 
 
-def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores:
+def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor, latent_factor: int = 1) -> DrawnScores:
     """Score ``drawn`` images [n, 3, R, R] in [0, 1] against photos; ``others`` has as many, ``reference`` any number.
+
+    Grain and structure are those of images averaged to R / latent_factor pixels a side: a decoder of latents makes even
+    noise smooth.
 
     Raises:
         DataError: too few images, or sides below 9 pixels.
@@ -124,7 +142,9 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
     photos, own, other, shuffled = map(random_features, (reference, drawn, others, noise))
     precision, recall = precision_recall(other, own)
     photos_precision, photos_recall = precision_recall(other, photos[: len(own)])
-    grain, grain_by_chance = measure_grain(drawn, torch.cat([reference, others]))
+    small, small_photos = (F.avg_pool2d(images, latent_factor) for images in (drawn, torch.cat([reference, others])))
+    grain, grain_by_chance = measure_grain(small, small_photos)
+    noise_in_detail, noise_by_chance = measure_noise_in_detail(small, small_photos)
     return DrawnScores(
         images=len(drawn),
         frechet=frechet_distance(own, photos),
@@ -136,6 +156,8 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor) -> DrawnScores
         photos_recall=photos_recall,
         grain=grain,
         grain_by_chance=grain_by_chance,
+        noise_in_detail=noise_in_detail,
+        noise_in_detail_by_chance=noise_by_chance,
     )
 
 
@@ -161,20 +183,40 @@ def _color_differences(images: Tensor) -> Tensor:
 
 def _fine_energies(images: Tensor) -> Tensor:
     """Return the mean square of the two finest diagonal Haar bands of each image; for white noise its variance."""
-    energies = []
+    return torch.stack([bands[0].square().double().mean((1, 2, 3)) for bands in _haar_bands(images)]).mean(0)
+
+
+def measure_noise_in_detail(drawn: Tensor, photos: Tensor) -> tuple[float, float]:
+    """Return how far the fine detail of ``drawn`` is from photos (0) to noise (1), and what photos have by chance.
+
+    Arguments as for :func:`measure_grain`. Photos whose detail is as Gaussian as noise have any value by chance.
+    """
+    ratio, usual = (_magnitude_ratios(images.mean(1, keepdim=True)) for images in (drawn, photos))
+    room = max(GAUSSIAN_RATIO - float(usual.mean()), 1e-9)
+    error = float(usual.std()) * (1 / len(drawn) + 1 / len(photos)) ** 0.5
+    return float(ratio.mean() - usual.mean()) / room, CHANCE_ERRORS * error / room
+
+
+def _magnitude_ratios(images: Tensor) -> Tensor:
+    """Return mean magnitude to root mean square of the six finest Haar bands of each image, averaged; 0 without any."""
+    flat = [band.flatten(1).double() for bands in _haar_bands(images) for band in bands]
+    return torch.stack([x.abs().mean(1) / x.square().mean(1).sqrt().clamp_min(1e-9) for x in flat]).mean(0)
+
+
+def _haar_bands(images: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the diagonal and the two other Haar bands of the finest level, then of the next."""
     for _ in range(2):
         images = images[..., : images.shape[-2] // 2 * 2, : images.shape[-1] // 2 * 2]
         a, b, c, d = (images[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
-        energies.append(((a - b - c + d) / 2).square().double().mean((1, 2, 3)))
+        yield (a - b - c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2
         images = (a + b + c + d) / 2
-    return torch.stack(energies).mean(0)
 
 
 def log_drawn_checks(folder: Path, step: int, added: Sequence[Check]) -> None:
     """Add the checks of drawn images to the newest alarms of a run, in the place of earlier ones."""
     alarms, _ = judged_alarms(read_log(folder))
     alarms = alarms if alarms is not None and alarms["step"] == step else {}
-    names = (DRAWN_IMAGES, GRAIN)
+    names = (DRAWN_IMAGES, GRAIN, STRUCTURE)
     checks = [record for record in alarms.get("checks", ()) if record.get("name") not in names]
     failures = [failure for failure in alarms.get("failures", ()) if not failure.startswith(names)]
     new = log_checks(added)

@@ -62,6 +62,7 @@ MIN_CUE_IMAGES, MAX_CUE_IMAGES = 16, 200  # of the training set that decide; wit
 # Three regions suit the images if the third explains so much of the noise that two leave (docs/results.md).
 MIN_REGION_GAIN = 0.03
 REGIONS_FILE = "regions.json"  # of a run without `regions=`: the choice, and the mixture and the cue it was made with
+MIN_EXPLAINED = 0.05  # by place and cue together, below which the log trusts neither (docs/results.md)
 OTHER_STAGE = "mixture_of_other_regions"
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
@@ -107,7 +108,7 @@ class ObjectStages:
         rows = np.arange(len(images))
         if len(images) > MAX_IMAGES:
             rows = np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(int)
-            self.log(f"the object stages use {MAX_IMAGES} of {len(images)} images, evenly spaced")
+        self.num_images = len(images)
         all_used = len(rows) == len(images)
         self.images = images if all_used else images[rows]
         self.latents = latents if latents is None or all_used else latents[rows]
@@ -115,8 +116,11 @@ class ObjectStages:
 
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
+        if self.num_images > MAX_IMAGES:
+            self.log(f"the object stages use {MAX_IMAGES} of {self.num_images} images, evenly spaced")
         masks = self.new_masks()
         masks.mixture, weight = self.find_mixture(masks.mixture)
+        self.explain_masks(masks.mixture, weight)
         masks.cue_weight.fill_(weight)
         masks.network = self.train_network(masks.network, masks.mixture, weight)
         masks = masks.to(self.device).eval().requires_grad_(False)
@@ -244,6 +248,22 @@ class ObjectStages:
             f"{suited} regions suit the images, {'chosen' if choose else advice}"
         )
         return suited
+
+    def explain_masks(self, mixture: SpatialMixture, weight: float) -> None:
+        """Log once whether place or cue leads the masks, by the noise that each explains beside the other."""
+        if (self.folder / "stages" / "distil").exists() or len(self.images) < MIN_CUE_IMAGES:
+            return
+        flat = copy.deepcopy(mixture).requires_grad_(False)
+        flat.prior_logits.copy_(flat.prior_logits.mean((1, 2), keepdim=True).expand_as(flat.prior_logits))
+        error = self.measure_error(mixture, weight)
+        without = (flat, weight), (mixture, 0.0), (flat, 0.0)
+        place, cue, both = (1 - error / self.measure_error(*each) for each in without)
+        message = f"the place explains {place:.1%} of the noise that is unexplained without it, the cue {cue:.1%}"
+        if both < MIN_EXPLAINED:
+            advice = f"both together {both:.1%} < {MIN_EXPLAINED:.0%}: neither is trustworthy, check the masks"
+        else:
+            advice = "place-led masks" if place >= cue else "colour-led masks"
+        self.log(f"{message}: {advice}")
 
     def train_mixture(self, name: str, mixture: SpatialMixture, weight: float) -> SpatialMixture:
         """Train a spatial mixture whose cue has this weight on small copies of the images."""

@@ -236,7 +236,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         photos = signed_to_unit(self._read_squares(images))
         reference, others = choose_photos(len(photos), n)
         drawn = self.generate(len(others), sampler=sampler, steps=steps, seed=seed)
-        drawn_scores = score_drawn(drawn.images, photos[reference], photos[others])
+        drawn_scores = score_drawn(drawn.images, photos[reference], photos[others], self.config.latent_factor)
         scores = drawn_scores.to_dict() | {"sampler": sampler, "steps": steps, "step": self.step}
         if self.config.num_leaf_regions > 1:
             with self._autocast():

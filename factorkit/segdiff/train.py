@@ -28,9 +28,9 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
-    GRAIN,
     NUM_CHECK_STEPS,
     NUM_CHECKED,
+    STRUCTURE,
     choose_photos,
     log_drawn_checks,
     score_drawn,
@@ -60,6 +60,7 @@ from factorkit.utils.images import pixels_to_images
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
+FEW_LATENTS, USUAL_LATENTS = 16, 32  # a side
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
 
 
@@ -119,6 +120,12 @@ def train_segdiff(
     given, autoencoder = settle_latents(preset_config(preset, **changes), folder)
     given, note = settle_regions(given, folder)
     config = given.resolved()
+    if config.latent_channels and config.side < FEW_LATENTS:
+        wide = USUAL_LATENTS * config.latent_factor
+        note += (
+            f"\nlatent=: photos of {config.resolution} pixels are {config.side} x {config.side} latents, which show "
+            f"little; with resolution={wide} they are {USUAL_LATENTS} x {USUAL_LATENTS}"
+        )
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
@@ -127,7 +134,7 @@ def train_segdiff(
     join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     if progress and note:
-        distributed.run_on_first(lambda: print(note, file=sys.stderr))
+        distributed.run_on_first(lambda: print(note.strip(), file=sys.stderr))
     with distributed.first_on_machine():
         dataset, prepared, probes = load_data(
             data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
@@ -255,13 +262,14 @@ def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
     folder = cast(Path, run.folder)
     alarms = distributed.run_on_first(lambda: judged_alarms(read_log(folder))[0]) or {}
     logged = {check["name"]: check["status"] for check in alarms.get("checks", ())}
-    if alarms.get("step") == run.step and (GRAIN in logged or logged.get(DRAWN_IMAGES) == "not run"):
+    if alarms.get("step") == run.step and (STRUCTURE in logged or logged.get(DRAWN_IMAGES) == "not run"):
         return
     checks = skip_checks(run.step, len(photos))
     if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        checks = score_drawn(drawn, pixels_to_images(photos[reference]), pixels_to_images(photos[others])).checks()
+        known = pixels_to_images(photos[reference]), pixels_to_images(photos[others])
+        checks = score_drawn(drawn, *known, run.config.latent_factor).checks()
 
     def write() -> None:
         log_drawn_checks(folder, run.step, checks)

@@ -41,25 +41,20 @@ class BatchDraw:
         batch: number of images in the whole batch.
         rows: slice of the batch to return.
         device: device that draws the numbers; CPU and GPU draw different ones.
-        first: whether this is the first micro-batch of a step in this process.
-
-    Attributes:
-        step: number of finished steps, known without waiting for the device.
     """
 
-    def __init__(self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device, first: bool = True):
-        self.seed, self.batch, self.rows, self.device, self.first = seed, batch, rows, device, first
+    def __init__(self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device):
+        self.seed, self.batch, self.rows, self.device = seed, batch, rows, device
         self.generator = torch.Generator(device)
         self.restart(images_seen)
 
     def restart(self, images_seen: int) -> None:
         """Start the numbers of another step with the same generator object."""
-        self.step = images_seen // self.batch
         self.generator.manual_seed(derived_seed("draw", self.seed, images_seen))
 
     def fresh(self) -> BatchDraw:
         """Return a copy with a new generator; call :meth:`restart` before use."""
-        return BatchDraw(self.seed, 0, self.batch, self.rows, self.device, self.first)
+        return BatchDraw(self.seed, 0, self.batch, self.rows, self.device)
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers [rows, *shape]."""

@@ -61,3 +61,9 @@ def test_samplers_cells_run_once_and_appear_in_the_table(tmp_path, monkeypatch, 
     first = (tmp_path / "results.json").read_text()
     assert run_samplers(*words, "--samplers", "ddim").count(": ") == 0  # No images are generated again.
     assert (tmp_path / "results.json").read_text() == first
+
+
+def test_format_seeds_of_several_seeds_gives_mean_and_deviation():
+    records = [{"frechet": value, "evaluations": 20} for value in (0.1, 0.2, 0.3)]
+    assert samplers.format_seeds(records) == "0.200 ± 0.100 (20)"
+    assert samplers.format_seeds(records[:1]) == "0.100 (20)" and samplers.format_seeds([]) == ""

@@ -21,8 +21,9 @@ def test_segmentation_of_equal_processor_time_stores_steps_and_drawn_images(tmp_
     monkeypatch.setattr(segmentation, "DRAWN_IMAGES", 16)
     measured = []
     monkeypatch.setattr(segmentation, "measure_step", lambda config: measured.append(measure_step(config)) or 0.25)
-    settings = ("resolution=16", "model_channels=8", "channel_mult=[1,2]", "norm_groups=4", 'masks="network"')
+    settings = ("resolution=20", "model_channels=8", "channel_mult=[1,2]", "norm_groups=4", 'masks="network"')
     words = ["segmentation", "tiny", "--set", *settings, "--processor-seconds", "1", "--seeds", "0"]
+    words += ["--mask-size", "32", "--image-size", "10"]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "runs")])
     segmentation.main()
     ((key, record),) = json.loads((tmp_path / "results.json").read_text()).items()
@@ -32,6 +33,7 @@ def test_segmentation_of_equal_processor_time_stores_steps_and_drawn_images(tmp_
         and record["steps"] == 4
         and record["processor_seconds_used"] > 0
     )
+    assert record["scores"]["size"] == 32 and "mask_size=32 image_size=10" in key
     assert record["drawn"]["images"] == 16 and record["drawn"]["grain"] > 0
     frechet = f"{record['drawn']['frechet']:.3f}".lstrip("0")
     assert f"| 4 | {frechet} |" in capsys.readouterr().out

@@ -231,8 +231,9 @@ def test_dry_run_estimates_and_writes_nothing(run_cli, run_json, flags):
     result = run_json(*flags(), "--dry-run", "--out", "new")
     assert result["parameters"] > 1000 and result["images_per_second"] > 0
     assert result["seconds"] == pytest.approx(4 * 4 / result["images_per_second"] + result["stage_seconds"])
-    text = run_cli(*flags(), "--dry-run")[1]
+    text = run_cli(*flags(regions=None), "--dry-run")[1]
     assert "images/s" in text and "for finding the objects first" in text
+    assert "regions 2 or 3, by the images; estimated with 3" in text
     assert not list(Path().iterdir())
 
 

@@ -111,7 +111,7 @@ void check_composite(const Numbers<int64_t>& offsets, int64_t n, int channels, d
 }
 
 template <class S>
-void check_march(int levels, int resolution, bool hostile, double cone, std::uint64_t seed) {
+void check_march(int levels, int resolution, bool hostile, double cone, int64_t seed) {
     const int64_t rays = 150, cells = int64_t(resolution) * resolution * resolution, side = resolution / 8;
     auto origins = random_numbers<S>(rays * 3, -3, 3), directions = random_numbers<S>(rays * 3, -1, 1);
     auto near = random_numbers<S>(rays, 0, 1), far = random_numbers<S>(rays, 1, 9);
@@ -133,7 +133,7 @@ void check_march(int levels, int resolution, bool hostile, double cone, std::uin
     }
     const March<S> p{{origins.data(), directions.data(), rays}, near.data(), far.data(), occupancy.data(),
                      resolution >= 32 ? blocks.data() : nullptr, levels, resolution, {0, 0, 0}, {1, 1, 2}, S(0.05),
-                     S(0.4), S(cone), seed != 0, seed};
+                     S(0.4), S(cone), seed ? &seed : nullptr};
     Numbers<int64_t> counts(rays, -1), offsets(rays + 1, 0);
     march_count(p, counts.data(), 2);
     for (int64_t i = 0; i < rays; ++i) offsets[i + 1] = offsets[i] + counts[i];
@@ -177,12 +177,12 @@ void check_march(int levels, int resolution, bool hostile, double cone, std::uin
 }
 
 template <class S>
-void check_resample(const Numbers<int64_t>& offsets, int64_t n, int64_t count, std::uint64_t seed) {
+void check_resample(const Numbers<int64_t>& offsets, int64_t n, int64_t count, int64_t seed) {
     const int64_t rays = int64_t(offsets.size()) - 1;
     auto t0 = random_numbers<S>(n, 0, 1), weights = random_numbers<S>(n, -0.5, 1);
     Numbers<S> t1(n);
     for (int64_t i = 0; i < n; ++i) t0[i] += S(i), t1[i] = t0[i] + S(0.1);
-    const Resample<S> p{t0.data(), t1.data(), weights.data(), offsets.data(), rays, n, 0, count, seed != 0, seed};
+    const Resample<S> p{t0.data(), t1.data(), weights.data(), offsets.data(), rays, n, 0, count, seed ? &seed : nullptr};
     Numbers<S> edges(rays * (count + 1), S(NAN)), again(edges);
     resample(p, edges.data(), 2);
 #ifdef EMULATED_CUDA
@@ -311,12 +311,12 @@ int main() {
     check_gaussians<double>(0, 3, 16, 33, false, 0);
     for (const bool hostile : {false, true})
         for (const double cone : {0.0, 0.1})
-            for (const std::uint64_t seed : {0, 77}) {
+            for (const int64_t seed : {0, 77}) {
                 check_march<float>(1, 8, hostile, cone, seed);
                 check_march<float>(3, 32, hostile, cone, seed);
                 check_march<double>(2, 16, hostile, cone, seed);
             }
-    for (const std::uint64_t seed : {0, 5}) {
+    for (const int64_t seed : {0, 5}) {
         check_resample<float>(ragged, 3305, 1, seed);
         check_resample<double>(ragged, 3305, 65, seed);
         check_resample<float>({-7, 3, 2, 1000000, 5, -2}, 20, 8, seed);

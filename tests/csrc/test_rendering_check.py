@@ -62,8 +62,8 @@ def test_cuda_kernels_agree_with_the_cpu(tmp_path):
     sources = [CSRC / f"{name}_cpu.cpp" for name in OPS]
     for name in OPS:
         text = (CSRC / f"{name}_cuda.cu").read_text(encoding="utf-8")
-        pattern = r"(\w+(?:<[\w, ]+>)?)<<<(.+?), kThreads, 0, .+?>>>\("
-        text, count = re.subn(pattern, r"launch([](const auto&... a) { \1(a...); }, \2, kThreads)(", text)
+        pattern = r"(\w+(?:<[\w, ]+>)?)<<<(.+?), (k\w+), 0, .+?>>>\("
+        text, count = re.subn(pattern, r"launch([](const auto&... a) { \1(a...); }, \2, \3)(", text)
         assert count
         sources.append(tmp_path / f"{name}_cuda.cpp")
         sources[-1].write_text(text)

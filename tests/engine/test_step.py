@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorkit.engine import step as engine_step
@@ -42,19 +43,73 @@ def segdiff(folder, device=CPU, **changes) -> Trainer:
     return Trainer(SegdiffTask(config, images, images, device), config, folder, {}, device=device, progress=False)
 
 
+class HostTensors(TorchFunctionMode):
+    """Notes tensors made on the host: on a GPU, they would have to be copied to it."""
+
+    FACTORIES = frozenset(
+        {
+            torch.arange,
+            torch.empty,
+            torch.eye,
+            torch.full,
+            torch.linspace,
+            torch.ones,
+            torch.rand,
+            torch.randint,
+            torch.randn,
+            torch.tensor,
+            torch.zeros,
+        }
+    )
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (func in self.FACTORIES and kwargs.get("device") is None) or func is torch.Tensor.new_tensor:
+            self.found.append(f"{func.__name__} on the host")
+        return func(*args, **kwargs)
+
+
 class Watched(TorchDispatchMode):
     """Notes operations for which the host would wait for a GPU, and those that make a tensor of host numbers."""
 
     WAITING = frozenset(
-        {"_local_scalar_dense", "is_nonzero", "nonzero", "unique2", "masked_select", "lift_fresh", "equal"}
+        {
+            "_local_scalar_dense",
+            "bincount",
+            "equal",
+            "is_nonzero",
+            "lift_fresh",
+            "linalg_qr",
+            "masked_select",
+            "nonzero",
+            "unique2",
+            "_unique2",
+        }
     )
 
     def __init__(self):
         super().__init__()
         self.found: list[str] = []
+        self.host_tensors = HostTensors(self.found)
+
+    def __enter__(self):
+        self.host_tensors.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.host_tensors.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__.lstrip("_") in {w.lstrip("_") for w in self.WAITING}:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if name in self.WAITING or by_mask:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -164,6 +219,9 @@ def fake_cuda(monkeypatch):
         def wait_stream(self, other):
             pass
 
+        def synchronize(self):
+            fake.waits += 1
+
     @contextmanager
     def stream(new):
         old, fake.stream = fake.stream, new
@@ -182,7 +240,7 @@ def fake_cuda(monkeypatch):
             raise RuntimeError("operation failed due to a previous error during capture") from error
         fake.stream = old
 
-    fake = SimpleNamespace(stream="main", states=[], ended=[])
+    fake = SimpleNamespace(stream="main", states=[], ended=[], waits=0)
     generator = SimpleNamespace(graphsafe_set_state=fake.states.append)
     for name, value in {
         "CUDAGraph": FakeGraph,
@@ -207,6 +265,26 @@ def test_graphed_work_warms_up_captures_once_and_replays(fake_cuda):
         graphed()
     assert len(calls) == WARM_UP + 1  # the last of them under capture
     assert graphed.graph.replays == 4 and graphed.graph.registered == [generator]
+
+
+def test_graphed_work_of_another_form_is_captured_again(fake_cuda):
+    calls = []
+    graphed = GraphedWork(lambda: calls.append(graphed.form), lambda: [], lambda: pytest.fail("no failure"), CPU)
+    for form in ["blurred"] * (WARM_UP + 2) + ["sharp"] * (WARM_UP + 2):
+        graphed(form)
+    assert calls == ["blurred"] * (WARM_UP + 1) + ["sharp"] * (WARM_UP + 1)
+    assert graphed.graph.replays == 2 and fake_cuda.waits == 1
+
+
+def test_training_step_prepares_the_task_before_each_step(toy):
+    trainer, calls = toy(log_every=3), []
+    trainer.task.prepare = lambda step: (calls.append(step), step > 1)[1]
+    take = trainer._training_step(Meter(CPU))
+    plain = take.run
+    take.run = lambda form: (calls.append(form), plain(form))
+    for step in range(3):
+        take(step)
+    assert calls == [0, False, 1, False, 2, True] and len(trainer.task.seen) == 3
 
 
 def test_graphed_work_failed_capture_continues_with_one_warning(fake_cuda):

@@ -89,7 +89,7 @@ def test_preset_config_above_64_pixels_leaves_the_field_to_the_views():
     assert preset_config("fast", resolution=64).field == preset_config("fast", search="joint", resolution=96).field
     assert preset_config("fast", resolution=96, field="hashgrid").field == "hashgrid"
     given = preset_config("fast", resolution=96, field_steps=7)
-    assert given.choose_field(unbounded=True).field_steps == given.choose_field(unbounded=False).field_steps == 7
+    assert given.with_field("grid", "yes").field_steps == given.with_field("gaussians", "no").field_steps == 7
     earlier = preset_config("fast", resolution=96, field="grid")
     assert large.with_choices({"scene": {}, **earlier.to_dict(), "unbounded": "no"}) == replace(earlier, unbounded="no")
 

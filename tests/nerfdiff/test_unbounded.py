@@ -52,11 +52,28 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
     assert choose_capture_settings(preset_config("fast", poses="known"), scene, stored).unbounded == "no"
 
 
+def test_unbounded_sizes_are_smaller_unless_given_or_stored():
+    views = room(8, 64)
+    scene = open_scene(views, 64, CPU, True)
+
+    def choose_sizes(stored=None, preset="fast", **settings):
+        config = preset_config(preset, **{"poses": "known", "resolution": 64, **settings})
+        config = choose_capture_settings(config, scene, stored or {})
+        return config.grid_resolution, config.samples_per_ray, config.field_steps
+
+    assert choose_sizes() == (48, 32, 600)
+    assert choose_sizes(samples_per_ray=50) == (48, 50, 600)
+    assert choose_sizes(unbounded="no") == (64, 64, 1200)
+    stored = {"scene": {}, "unbounded": "yes", "field": "grid", "grid_resolution": 64, "samples_per_ray": 64}
+    assert choose_sizes(stored | {"field_steps": 1200}) == (64, 64, 1200), "a run of an earlier version resumes"
+    assert choose_sizes(preset=None) == (32, 32, 600)
+
+
 def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others():
     views = room()
     large, scene = preset_config("fast", resolution=96, poses="known"), choose(views)[1]
     config = choose_capture_settings(large, scene)
-    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("grid", "yes", 96, 1200)
+    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("grid", "yes", 72, 900)
     config = choose_capture_settings(replace(large, unbounded="no"), scene)
     assert (config.field, config.grid_resolution, config.field_steps) == ("gaussians", 64, 1200)
     notes = list_notes(views, scene, config, large)
@@ -80,6 +97,17 @@ def test_unbounded_yes_for_another_scene_is_refused(settings, layout, message):
         views = replace(views, layout="forward", poses=views.poses[:1].expand(10, 4, 4) + 0)
     with pytest.raises(ConfigError, match=message):
         choose(views, unbounded="yes", **settings)
+
+
+def test_total_variation_unbounded_depends_on_slopes_not_on_the_number_of_vertices():
+    ramps = []
+    for vertices in (32, 64):
+        field = build_field("grid", vertices, 0, unbounded=True)
+        field.values.data = torch.linspace(-1, 1, vertices)[:, None, None, None].expand(-1, vertices, vertices, 4)
+        ramps.append(float(field.total_variation().detach()))
+    assert ramps[1] == pytest.approx(ramps[0], rel=0.04)  # one vertex in 32 and in 64 is no interval
+    field.unbounded = False
+    assert ramps[1] == pytest.approx(6 * 4 * float(field.total_variation().detach()))
 
 
 @pytest.mark.parametrize("kind", ["grid", "hashgrid"])

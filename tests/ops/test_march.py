@@ -130,7 +130,7 @@ def test_jitter_is_uniform_and_depends_on_seed_ray_and_step():
 def test_capacity_truncates_rays_and_pads_with_empty_samples():
     torch.manual_seed(3)
     given = (*rays(60), grid(1, 16, 0.3))
-    whole = ops.march_rays(*given, *BOX, step=0.05, seed=1)
+    whole = ops.march_rays(*given, *BOX, step=0.05, seed=torch.tensor(1))  # the same as an integer
     m = len(whole.t_start)
     for capacity in (0, 1, m // 2, m, m + 100):
         torch.use_deterministic_algorithms(True)  # unwritten memory would hold NaN
@@ -245,7 +245,7 @@ def test_opcheck_and_forced_reference(monkeypatch):
     torch.manual_seed(5)
     given = (*rays(10), grid(1, 8, 0.3))
     blocks = torch.empty(0, dtype=torch.uint8)
-    rest = (*BOX, 0.1, 1.0, 0.0, 3)
+    rest = (*BOX, 0.1, 1.0, 0.0, torch.tensor(3))
     torch.library.opcheck(torch.ops.factorkit.march_count, (*given, blocks, *rest))
     s = ops.march_rays(*given, *BOX, step=0.1, max_step=1.0, seed=3)
     torch.library.opcheck(torch.ops.factorkit.march_write, (*given, blocks, *rest, s.ray_offsets, len(s.t_start)))
@@ -279,6 +279,8 @@ def test_opcheck_and_forced_reference(monkeypatch):
         ({"cone_angle": -0.1}, "cone_angle >= 0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed="),
+        ({"seed": torch.tensor(1.0)}, "seed is torch.float32"),
+        ({"seed": torch.tensor([1, 2])}, r"seed is torch.int64 \(2,\)"),
         ({"capacity": -1}, "capacity=-1"),
     ],
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from factorkit import ops
+from factorkit.ops import dispatch, reference, region
 from factorkit.ops import norm as norm_ops
-from factorkit.ops import reference, region
 from factorkit.ops.norm_pytorch import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, NORMS, PIXEL_EPS
 from factorkit.ops.region import POOL_FLOOR
 
@@ -324,3 +327,13 @@ def test_reference_can_be_forced(monkeypatch):
     monkeypatch.setenv("FACTORKIT_REFERENCE", "1")
     with pytest.raises(RuntimeError, match="the reference was asked"):
         ops.region_pool(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))
+
+
+def test_compiled_op_runs_on_the_device_of_its_tensors(monkeypatch):
+    entered, calls = [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(dispatch, "EXTENSION", SimpleNamespace(march_count_cuda=lambda *given: calls.append(given)))
+    with FakeTensorMode():
+        dispatch.call_extension("march_count", torch.empty(4, device="cuda:1"), 3)
+    assert entered == [torch.device("cuda", 1)] and calls == [("float32", 3, 7)]

@@ -59,7 +59,7 @@ def test_packed_and_dense_rays(counts, count, seed):
     torch.manual_seed(0)
     t_start, t_end, weights, offsets = batch(counts)
     torch.use_deterministic_algorithms(True)  # unwritten memory would hold NaN
-    edges = compare(t_start, t_end, weights, offsets, count, seed)
+    edges = compare(t_start, t_end, weights, offsets, count, None if seed is None else torch.tensor(seed))
     torch.use_deterministic_algorithms(False)
     assert edges.shape == (len(counts), count + 1) and edges.isfinite().all() and (edges.diff(dim=1) >= 0).all()
     for ray, samples in enumerate(counts):
@@ -98,7 +98,7 @@ def test_edges_follow_the_weights():
 def test_opcheck_thread_counts_and_forced_reference(monkeypatch):
     torch.manual_seed(1)
     t_start, t_end, weights, offsets = batch([5, 0, 300, 2] * 50, torch.float32)
-    torch.library.opcheck(torch.ops.factorkit.sample_pdf, (t_start, t_end, weights, offsets, 4, 3))
+    torch.library.opcheck(torch.ops.factorkit.sample_pdf, (t_start, t_end, weights, offsets, 4, torch.tensor(3)))
     before, found = torch.get_num_threads(), []
     for threads in (1, 3):
         torch.set_num_threads(threads)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import factorkit
 from factorkit.cli.main import main
 from factorkit.data import draw_flowers
-from factorkit.segdiff.autoencoder import check_round_trip
+from factorkit.segdiff.autoencoder import AutoencoderTask, check_round_trip
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log, timeline
 from tests.engine.trained import assert_identical, final_state
@@ -46,10 +48,12 @@ def test_train_autoencoder_round_trip_of_photos_kept_out_improves(tmp_path, imag
     assert last["psnr"] > first["psnr"] + 2
 
 
-def test_check_round_trip_below_a_small_copy_of_the_photo_fails():
+def test_check_round_trip_of_a_small_copy_of_the_photo_fails():
     assert check_round_trip(24.0, 22.0, 500).status == "passed"
-    check = check_round_trip(20.0, 22.0, 500)
-    assert check.status == "failed" and "20.0 dB, less than the 22.0 dB" in check.failures[0]
+    assert check_round_trip(44.0, 45.0, 500).status == "passed"  # smooth images
+    for decibels in (20.0, 22.5):
+        check = check_round_trip(decibels, 22.0, 500)
+        assert check.status == "failed" and f"{decibels} dB, less than 23.0" in check.failures[0]
     assert check_round_trip(20.0, 22.0, 5).status == "not run"
 
 
@@ -71,6 +75,23 @@ def test_train_autoencoder_impossible_setting_raises(tmp_path, images, changes, 
     assert not (tmp_path / "run").exists()
 
 
+def test_train_autoencoder_interrupted_resumes_bit_identically(tmp_path, images, monkeypatch):
+    factorkit.train_autoencoder(images, out=tmp_path / "whole", **TINY)
+    loss, settings = AutoencoderTask.loss, {**TINY, "checkpoint_every": 100}
+
+    def interrupt(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(AutoencoderTask, "loss", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        factorkit.train_autoencoder(images, out=tmp_path / "parts", **settings)
+    monkeypatch.setattr(AutoencoderTask, "loss", loss)
+    assert len(list((tmp_path / "parts/checkpoints").glob("*.safetensors"))) == 1
+    factorkit.train_autoencoder(images, out=tmp_path / "parts", **settings)
+    assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
 def test_train_autoencoder_too_few_images_raise(tmp_path, images):
     with pytest.raises(DataError, match="7 images: too few"):
         factorkit.train_autoencoder(images[:7], out=tmp_path / "run", **TINY)
@@ -80,6 +101,8 @@ def test_commands_train_an_autoencoder_and_refuse_it_as_segdiff(tmp_path, images
     np.save(tmp_path / "images.npy", images)
     options = ["--resolution", "16", "--model-channels", "8", "--steps", "2", "--device", "cpu", "--json"]
     run = tmp_path / "run"
+    assert main(["train", "autoencoder", "--dry-run", "--out", str(run), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0 and not run.exists()
     assert main(["train", "autoencoder", "--data", str(tmp_path / "images.npy"), "--out", str(run), *options]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
     assert main(["segment", str(run), str(tmp_path / "images.npy"), "--out", str(tmp_path / "out")]) == 2

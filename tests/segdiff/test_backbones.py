@@ -16,12 +16,25 @@ from factorkit.reproduce.experiments.generated_images import count_multiply_adds
 from factorkit.segdiff.baselines.datasetddpm import pixel_features
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import count_parameters
+from factorkit.segdiff.presets import PRESETS
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError
 from tests.segdiff.conftest import randomize_weights
 
 UVIT = {"backbone": "uvit", "resolution": 16, "model_channels": 16, "depth": 3, "patch_size": 2, "num_heads": 2}
 RUN = {**UVIT, "regions": 2, "batch_size": 4, "steps": 2, "mixture_steps": 2, "distil_steps": 2, "norm_groups": 4}
+
+# Parameters in millions and multiply-adds in 10^9 of the presets' networks, as in docs/backbones.md.
+COUNTS = {
+    "fast32": (0.70, 0.169),
+    "rooms32": (1.39, 0.896),
+    "fast64": (1.45, 0.745),
+    "uvit32": (2.29, 0.162),
+    "uvit64": (2.31, 0.771),
+    "uvit128": (2.46, 0.968),
+    "flowers64": (193.7, 122.3),
+    "flowers128": (152.4, 208.0),
+}
 
 
 def make_images(count=12):
@@ -113,16 +126,21 @@ def test_preset_of_another_backbone_keeps_its_training_and_takes_the_sizes():
     assert back.make_backbone() == preset_config("fast32").resolved().make_backbone()
 
 
-@pytest.mark.parametrize(
-    ("preset", "millions", "giga"),
-    [("fast32", 0.70, 0.169), ("uvit32", 2.29, 0.162), ("uvit64", 2.31, 0.771), ("uvit128", 2.46, 0.968)],
-)
-def test_parameters_and_multiply_adds_of_presets_are_those_of_the_docs(preset, millions, giga):
+@pytest.mark.parametrize(("preset", "counts"), COUNTS.items())
+def test_parameters_and_multiply_adds_of_presets_are_those_of_the_docs(preset, counts):
     config = preset_config(preset, masks="network").resolved()
     with torch.device("meta"):
         model = config.build()
-    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=1e-2)
-    assert count_multiply_adds(config) / 1e9 == pytest.approx(giga, rel=1e-2)
+    assert count_parameters(model) / 1e6 == pytest.approx(counts[0], rel=1e-2)
+    assert count_multiply_adds(config) / 1e9 == pytest.approx(counts[1], rel=1e-2)
+
+
+def test_presets_without_counts_have_the_network_of_one_with_counts():
+    def network(preset):
+        config = preset_config(preset, masks="network").resolved()
+        return config.make_backbone(), config.form, config.resolution, config.nesting
+
+    assert {network(preset) for preset in PRESETS} == {network(preset) for preset in COUNTS}
 
 
 def test_cli_backbone_takes_the_sizes_of_a_transformer(capsys):

@@ -16,9 +16,11 @@ from factorkit.segdiff.drawn_images import (
     GRAIN,
     MAX_GRAIN,
     NUM_CHECKED,
+    STRUCTURE,
     choose_photos,
     log_drawn_checks,
     measure_grain,
+    measure_noise_in_detail,
     score_drawn,
     skip_checks,
 )
@@ -47,6 +49,10 @@ def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
         return torch.rand(N, 3, 32, 32, generator=generator)
     if kind == "noised":
         return (make_drawn("photos", photos) + 0.25 * torch.randn(N, 3, 32, 32, generator=generator)).clamp(0, 1)
+    if kind == "texture":  # the spectrum of photos, without their edges
+        phase = torch.fft.rfft2(torch.randn(N, 1, 32, 32, generator=generator)).sgn()
+        phase[..., 0, 0] = 1
+        return torch.fft.irfft2(torch.fft.rfft2(make_drawn("photos", photos)) * phase).clamp(0, 1)
     if kind == "blobs":
         return torch.nn.functional.interpolate(torch.rand(N, 3, 4, 4, generator=generator), 32, mode="bilinear")
     if kind == "mean image":
@@ -62,6 +68,7 @@ def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
         ("grainy", False),
         ("noise", False),
         ("noised", False),
+        ("texture", False),
         ("blobs", False),
         ("mean image", False),
         ("one photo", False),
@@ -70,13 +77,18 @@ def make_drawn(kind: str, photos: torch.Tensor) -> torch.Tensor:
 def test_check_drawn_images_separates_photos_from_noise(photos, kind, passes):
     reference, others = choose_photos(len(photos), N)
     scores = score_drawn(make_drawn(kind, photos), photos[reference], photos[others])
-    distance, grain = scores.checks()
-    assert ({distance.status, grain.status} == {"passed"}) == passes, scores
+    distance, grain, structure = scores.checks()
+    assert ({distance.status, grain.status, structure.status} == {"passed"}) == passes, scores
     assert scores.frechet_photos < scores.frechet_noise and 0 <= scores.precision <= 1
-    assert not distance.decisive and not grain.decisive  # images do not say whether masks are right
+    assert not (distance.decisive or grain.decisive or structure.decisive)  # images do not say whether masks are right
     if kind == "grainy":
         assert distance.status == "passed" and grain.failures[0].startswith(GRAIN)
         assert f"{scores.grain:.3f}" in grain.failures[0]
+    elif kind == "texture":
+        assert distance.status == grain.status == "passed"
+        assert structure.failures[0].startswith(
+            f"{STRUCTURE}: their fine detail is {scores.noise_in_detail:.2f} of the"
+        )
     elif not passes:
         assert f"{scores.frechet:.3f}" in distance.failures[0] and distance.failures[0].startswith(DRAWN_IMAGES)
 
@@ -103,6 +115,24 @@ def test_measure_grain_photos_of_mixed_detail_are_within_chance():
     parts = [photos[torch.randperm(160, generator=generator)] for _ in range(20)]
     grains = [measure_grain(part[:N], part[N:]) for part in parts]
     assert all(grain < chance for grain, chance in grains) and max(grain for grain, _ in grains) > MAX_GRAIN
+
+
+def test_measure_noise_in_detail_is_that_of_noise_whatever_its_amount(photos):
+    noise = torch.randn(N, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    amounts = [measure_noise_in_detail(0.5 + deviation * noise, photos)[0] for deviation in (0.01, 0.2)]
+    assert amounts == pytest.approx([1.0, 1.0], abs=0.05)
+    own, chance = measure_noise_in_detail(photos[:N], photos[N:])
+    assert abs(own) < chance < 1 and measure_noise_in_detail(photos[:N].flip(3), photos[N:])[0] == pytest.approx(own)
+    assert measure_noise_in_detail(noise, 2 * noise.roll(1, 0))[1] > 0.82  # photos of noise: no limit within chance
+
+
+def test_score_drawn_noise_that_a_decoder_made_smooth_is_found_at_the_size_of_the_latents(photos):
+    large, smooth = (
+        torch.nn.functional.interpolate(images, 128, mode="bicubic").clamp(0, 1)
+        for images in (photos, make_drawn("noised", photos))
+    )
+    at_full_size, at_latents = (score_drawn(smooth, large[N:], large[:N], factor) for factor in (1, 4))
+    assert at_full_size.grain < MAX_GRAIN < 2 * MAX_GRAIN < at_latents.grain
 
 
 def test_choose_photos_are_apart_and_as_many_as_there_are():
@@ -160,17 +190,17 @@ def test_log_drawn_checks_replaces_its_own_and_keeps_the_others(tmp_path):
     assert judged_alarms(read_log(tmp_path / "plain"))[1] == list(NOISE.failures)
 
 
-def test_judge_drawn_images_of_a_run_without_the_grain_measures_once(make_random_run, monkeypatch, tmp_path):
+def test_judge_drawn_images_of_a_run_without_the_structure_measures_once(make_random_run, monkeypatch, tmp_path):
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     run = make_random_run()
     run.folder, run.step = tmp_path, 400
-    judge(tmp_path, RIGHT)  # as runs were stored before grain was measured
+    judge(tmp_path, RIGHT)  # as runs were stored before there was the check
     for _ in range(2):
         judge_drawn_images(run, draw_flowers(40, 16, seed=0)[0])
         monkeypatch.setattr(run, "generate", None)
     alarms, failures = judged_alarms(read_log(tmp_path))
-    assert [check["name"] for check in alarms["checks"]] == ["eta gap", DRAWN_IMAGES, GRAIN]
-    assert len(failures) == 2 and failures[1].startswith(GRAIN)
+    assert [check["name"] for check in alarms["checks"]] == ["eta gap", DRAWN_IMAGES, GRAIN, STRUCTURE]
+    assert len(failures) == 3 and failures[1].startswith(GRAIN)
 
 
 def test_evaluate_generation_scores_images_and_masks(make_random_run, monkeypatch, tmp_path):

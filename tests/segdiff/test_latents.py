@@ -223,6 +223,13 @@ def test_train_latent_impossible_settings_raise(tmp_path, images, changes, messa
     assert not (tmp_path / "run").exists()
 
 
+def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
+    settings = {**RUN, "progress": True, "steps": 1, "masks": "network"}
+    factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(write_format(tmp_path / "ae")), **settings)
+    expected = "photos of 32 pixels are 8 x 8 latents, which show little; with resolution=128 they are 32 x 32"
+    assert expected in capsys.readouterr().err
+
+
 def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
     np.save(tmp_path / "images.npy", images[:2])
     photos, run = str(tmp_path / "images.npy"), str(trained.folder)

@@ -13,9 +13,12 @@ import torch
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.step import Meter
+from factorkit.engine.trainer import Trainer
 from factorkit.segdiff import object_stages
 from factorkit.segdiff import train as training
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.masks import distil
 from factorkit.segdiff.masks.cued_mixture import CuedMixtureTask
 from factorkit.segdiff.masks.distil import DistilTask, augment
 from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork, measure_cue
@@ -24,6 +27,7 @@ from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
+from tests.engine.test_step import Watched
 from tests.engine.trained import assert_identical, final_state
 
 TINY = {
@@ -271,6 +275,30 @@ def test_compare_regions_says_which_number_suits_the_images(tmp_path, monkeypatc
     assert message in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["message"]
 
 
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        (
+            (0.2, 0.22, 0.21, 0.25),
+            "the place explains 9.1% of the noise that is unexplained without it, the cue 4.8%: place-led",
+        ),
+        ((0.2, 0.204, 0.22, 0.25), "the cue 9.1%: colour-led masks"),
+        ((0.2, 0.201, 0.202, 0.203), "both together 1.5% < 5%: neither is trustworthy, check the masks"),
+    ],
+)
+def test_explain_masks_says_what_leads_them(tmp_path, monkeypatch, errors, message):
+    config, images = preset_config("demo", **TINY).resolved(), draw_flowers(16, 16, seed=0)[0]
+    mixture = SpatialMixture(2, object_first=True)
+    names = {(True, 1.0): 0, (False, 1.0): 1, (True, 0.0): 2, (False, 0.0): 3}  # has places, weight of the cue
+
+    def measure_error(self, mixture, weight):
+        return errors[names[mixture.prior_logits.std((1, 2)).max().item() > 1e-6, weight]]
+
+    monkeypatch.setattr(ObjectStages, "measure_error", measure_error)
+    ObjectStages(config, images, tmp_path, {}, torch.device("cpu"), False).explain_masks(mixture, 1.0)
+    assert message in json.loads((tmp_path / "log.jsonl").read_text())["message"]
+
+
 @pytest.mark.slow
 def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatch):
     images = draw_flowers(24, 16, seed=0)[0]
@@ -285,6 +313,36 @@ def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatc
         torch.manual_seed(0)
         weights.append(stages.train_mixtures(SpatialMixture(2, object_first=True))[1])
     assert weights == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("stage", ["mixture", "distil"])
+def test_step_of_an_object_stage_reads_nothing_on_the_host(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(distil, "is_readable", lambda x: False)  # as on a GPU
+    config, images = preset_config("demo", **TINY | {"cue_weight": 1.0}).resolved(), draw_flowers(8, 16, seed=0)[0]
+    found = []
+
+    def watch(trainer):
+        take = trainer._training_step(Meter(torch.device("cpu")))
+        take(0)
+        with Watched() as watched:
+            take._work()
+        assert trainer.task.capturable
+        found.append(watched.found)
+        return trainer.task.model
+
+    stages = ObjectStages(config, images, tmp_path, {}, torch.device("cpu"), False)
+    monkeypatch.setattr(Trainer, "run", watch)
+    mixture = stages.train_mixtures(SpatialMixture(2, object_first=True))[0]
+    if stage == "distil":
+        stages.train_network(MaskNetwork(2, 16), mixture, 1.0)
+    assert found[-1] == []
+
+
+def test_gram_and_schmidt_equal_qr(monkeypatch):
+    matrices = torch.eye(3) + 0.15 * torch.randn(50, 3, 3, generator=torch.Generator().manual_seed(0))
+    expected = distil.orthogonalise(matrices)
+    monkeypatch.setattr(distil, "is_readable", lambda x: False)
+    torch.testing.assert_close(distil.orthogonalise(matrices), expected, rtol=0, atol=1e-5)
 
 
 def test_augment_moves_masks_with_their_images():

@@ -230,15 +230,17 @@ def resize_area(images: Tensor, height: int, width: int) -> Tensor:
     """
     if images.shape[-2:] == (height, width):
         return images
-    rows = _overlap_weights(height, images.shape[-2]).to(images)
-    columns = _overlap_weights(width, images.shape[-1]).to(images)
+    rows, columns = (
+        _overlap_weights(new, old, images.device).to(images.dtype)
+        for new, old in zip((height, width), images.shape[-2:], strict=True)
+    )
     return rows @ images @ columns.T
 
 
-def _overlap_weights(new: int, old: int) -> Tensor:
+def _overlap_weights(new: int, old: int, device: torch.device) -> Tensor:
     """Return [new, old]: the fraction of new pixel i that lies in old pixel j."""
-    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
-    pixel = torch.arange(old, dtype=torch.float64)
+    edges = torch.arange(new + 1, dtype=torch.float64, device=device) * old / new
+    pixel = torch.arange(old, dtype=torch.float64, device=device)
     overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
     return overlap.clamp_min(0) * new / old
 

@@ -122,14 +122,15 @@ class Field(nn.Module):
     Subclasses implement :meth:`raw`; this class maps raw values to density and colour.
 
     Attributes:
-        coarseness: in [0, 1]; 1 blurs the field to its large shapes, for coarse-to-fine training.
+        is_blurred: whether it runs other kernels because of its coarseness.
         background: maps directions [..., 3] to colours, or None to use the background of the views.
         appearance: per-view colour transforms, or None if all training views look alike.
         occupancy: grid of non-empty space, or None to sample everywhere.
         unbounded: whether positions anywhere are contracted to the box; see :func:`factorkit.rendering.contract`.
     """
 
-    coarseness: float = 0.0
+    RECORDABLE = True  # by a CUDA graph, without an occupancy grid
+    is_blurred: bool = False
     unbounded: bool = False
     background: Background | None
     appearance: Appearance | None
@@ -139,6 +140,25 @@ class Field(nn.Module):
         super().__init__()
         for name in ("background", "appearance", "occupancy"):
             self.register_module(name, None)
+        self._coarseness = 0.0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record the rendering: the host must know the number of samples in occupied cells."""
+        return self.RECORDABLE and self.occupancy is None
+
+    @property
+    def coarseness(self) -> float:
+        """In [0, 1]; 1 blurs the field to its large shapes, for coarse-to-fine training."""
+        return self._coarseness
+
+    @coarseness.setter
+    def coarseness(self, value: float) -> None:
+        self._coarseness = value
+        self.update_blur()
+
+    def update_blur(self) -> None:
+        """Compute, into tensors that stay in place, what :meth:`raw` reads because of the coarseness."""
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         """Return raw density and colour [M, 4] at positions [M, 3] in [-1, 1]."""
@@ -180,6 +200,7 @@ class ImageField(Field):
     """
 
     side: int = 0
+    RECORDABLE = False  # the host reads how many tiles the Gaussians cover
 
     def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
         """Draw one image without background: colour [H, W, 3], depth and opacity [H, W].
@@ -195,6 +216,16 @@ class ImageField(Field):
 
     def update(self, step: int, steps: int, rate: float, seed: int) -> None:
         """Change the field before a training step, the same way on all processes."""
+
+
+def keep_address(old: Tensor, new: Tensor) -> Tensor:
+    """Copy ``new`` into ``old`` and return that, where a CUDA graph reads it; return ``new`` where it does not fit.
+
+    These tensors are no buffers: those of the averaged model are copied from the model in training.
+    """
+    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new
+    return old.copy_(new)
 
 
 def linear_layers(sizes: list[int], generator: torch.Generator, activation_after_last: bool = False) -> nn.Sequential:

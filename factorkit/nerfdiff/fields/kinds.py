@@ -23,6 +23,7 @@ from factorkit.nerfdiff.fields.base import (
     ImageField,
     build_background,
     build_occupancy_grid,
+    keep_address,
     linear_layers,
 )
 from factorkit.nerfdiff.fields.gaussians import GaussianField
@@ -30,6 +31,7 @@ from factorkit.utils.errors import ConfigError
 
 FIELDS = ("grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians")
 
+UNBOUNDED_VARIATION, UNBOUNDED_VERTICES = 6.0, 32  # factor on the total variation, of a grid of so many vertices
 MIN_BLUR_CELLS = 0.3  # a Gaussian narrower than this many cells changes nothing visible
 
 
@@ -49,6 +51,16 @@ class GridField(Field):
         generator = torch.Generator().manual_seed(seed)
         shape = (resolution, resolution, resolution, 4)
         self.values = nn.Parameter(0.1 * torch.randn(shape, generator=generator))
+        self._blur = torch.empty(0)  # weights [R, R] along an axis
+
+    def update_blur(self) -> None:
+        """Compute the weights of the blur; see :class:`Field`."""
+        sigma = self.coarseness * self.blur * (self.resolution - 1) / 2
+        self.is_blurred = sigma >= MIN_BLUR_CELLS
+        if self.is_blurred:
+            index = torch.arange(self.resolution, device=self.values.device)
+            weights = torch.exp(-((index[:, None] - index) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+            self._blur = keep_address(self._blur, weights)
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         """Return interpolated raw values [M, 4]; see :class:`Field`."""
@@ -59,21 +71,26 @@ class GridField(Field):
 
     def blurred_values(self) -> Tensor:
         """Return the values [R, R, R, 4] after a Gaussian blur along each axis."""
-        sigma = self.coarseness * self.blur * (self.resolution - 1) / 2
-        if sigma < MIN_BLUR_CELLS:
+        if not self.is_blurred:
             return self.values
-        index = torch.arange(self.resolution, device=self.values.device)
-        weights = torch.exp(-((index[:, None] - index) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
         values: Tensor = self.values
+        weights = self._blur.to(values.device)
         for _ in range(3):  # each pass blurs the first axis and moves it behind the other two
             values = torch.tensordot(values, weights, dims=([0], [1])).permute(0, 1, 3, 2)
         return values
 
     def total_variation(self) -> Tensor:
-        """Return the mean squared difference of neighbouring values, summed over the axes."""
+        """Return the mean squared difference of neighbouring values, summed over the axes.
+
+        Few views show each cell of a room: an unbounded field has 6 times as much, and grids above 32 vertices as much
+        as a grid of 32 with the same slopes.
+        """
         v = self.values
         differences = (v[1:] - v[:-1], v[:, 1:] - v[:, :-1], v[:, :, 1:] - v[:, :, :-1])
-        return torch.stack([difference.square().mean() for difference in differences]).sum()
+        total = torch.stack([difference.square().mean() for difference in differences]).sum()
+        if not self.unbounded:
+            return total
+        return UNBOUNDED_VARIATION * max(1.0, self.resolution / UNBOUNDED_VERTICES) ** 2 * total
 
     def resampled(self, resolution: int) -> GridField:
         """Return the same field on a grid of another resolution."""
@@ -116,12 +133,18 @@ class HashField(Field):
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(1e-2 * torch.randn(levels, rows, features, generator=generator))
         self.network = linear_layers([levels * features, hidden, hidden, 4], generator)
+        self._weights = torch.empty(0)
+        self.update_blur()
+
+    def update_blur(self) -> None:
+        """Compute the weights of the levels; see :class:`Field`."""
+        shown, device = max(MIN_LEVEL_SHARE, 1 - self.coarseness), self.table.device
+        self._weights = keep_address(self._weights, ops.annealing_weights(len(self.resolutions), shown, device=device))
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         """Return raw values [M, 4] of the network on hash grid features; see :class:`Field`."""
-        shown = max(MIN_LEVEL_SHARE, 1 - self.coarseness)
-        weights = ops.annealing_weights(len(self.resolutions), shown).to(positions)
-        raw: Tensor = self.network(ops.hash_grid((positions + 1) / 2, self.table, self.resolutions, weights))
+        features = ops.hash_grid((positions + 1) / 2, self.table, self.resolutions, self._weights.to(positions))
+        raw: Tensor = self.network(features)
         return raw
 
 
@@ -150,11 +173,18 @@ class FrequencyField(Field):
         self.density = linear_layers([width, 1], generator)
         self.feature = linear_layers([width, width], generator)
         self.color = linear_layers([width + direction_size, width // 2, 3], generator)
+        self._weights = torch.empty(0)
+        self.update_blur()
+
+    def update_blur(self) -> None:
+        """Compute the weights of the bands; see :class:`Field`."""
+        shown, device = max(MIN_BAND_SHARE, 1 - self.coarseness), next(self.parameters()).device
+        self._weights = keep_address(self._weights, ops.annealing_weights(self.BANDS, shown, device=device))
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         """Return raw values [M, 4] of the network on encoded positions; see :class:`Field`."""
-        weights = ops.annealing_weights(self.BANDS, max(MIN_BAND_SHARE, 1 - self.coarseness)).to(positions)
-        encoded = torch.cat([positions, ops.frequency(positions, self.BANDS, weights)], dim=1)
+        waves = ops.frequency(positions, self.BANDS, self._weights.to(positions))
+        encoded = torch.cat([positions, waves], dim=1)
         h = self.second(torch.cat([self.first(encoded), encoded], dim=1))
         direction = torch.cat([directions, ops.frequency(directions, self.DIRECTION_BANDS)], dim=1)
         return torch.cat([self.density(h), self.color(torch.cat([self.feature(h), direction], dim=1))], dim=1)
@@ -202,6 +232,8 @@ class TcnnField(Field):
     Raises:
         ConfigError: tiny-cuda-nn cannot be imported.
     """
+
+    RECORDABLE = False  # not known: it allocates memory of its own
 
     def __init__(self, resolution: int, seed: int = 0):
         super().__init__()

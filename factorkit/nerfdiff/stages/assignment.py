@@ -10,7 +10,7 @@ from torch import Tensor
 SINKHORN_ROUNDS = 20  # loads within 10% at the temperatures in use; exact ones are not needed
 
 
-def balanced_assignment(errors: Tensor, temperature: float, rounds: int = SINKHORN_ROUNDS) -> Tensor:
+def balanced_assignment(errors: Tensor, temperature: Tensor | float, rounds: int = SINKHORN_ROUNDS) -> Tensor:
     """Return log-probabilities [V, N] of candidate n for view v with equal loads of all candidates (Cuturi 2013).
 
     Entropy-regularised optimal transport by Sinkhorn iterations in log space, ending with the rows, which sum to 1. At

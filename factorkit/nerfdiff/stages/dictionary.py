@@ -6,7 +6,7 @@ position. Field and views start blurred and sharpen as the temperature falls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.data.views.views import resize_area, target_size
-from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
@@ -90,23 +89,22 @@ class SearchTask(FitTask):
             exact=False,
         )
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        """Return the photometric loss; reassign the views where the step is due."""
-        coarseness = self.coarseness_at(draw.step)
-        self.model.field.coarseness = coarseness
-        if draw.first and draw.step and draw.step % UPDATE_EVERY == 0:
-            self._assign(draw.step, coarseness)
-        return super().loss(model, indices, draw, step)
+    def prepare(self, step: int) -> Hashable:
+        """Set the blur of a step, and reassign the views where it is due."""
+        form = super().prepare(step)
+        if step and step % UPDATE_EVERY == 0:
+            self._assign(step, self.coarseness_at(step))
+        return form
 
-    def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+    def pose_options(self, draw: BatchDraw) -> dict[str, Tensor]:
         """Return the jitter of the positions while the temperature falls."""
-        return {"jitter": POSITION_JITTER * draw.normal(3)} if self.coarseness_at(step) else {}
+        return {"jitter": POSITION_JITTER * draw.normal(3)} if self.model.field.coarseness else {}
 
     @torch.no_grad()
-    def errors(self, step: int) -> Tensor:
+    def errors(self) -> Tensor:
         """Return the mean squared difference [V, D] between every view and the field rendered from every position."""
         candidates = self.poses.to_poses(self.poses.places)
-        images = self.target_images(step)
+        images = self.target_images
         views = torch.arange(len(images), device=images.device)
 
         def errors_from(rows: slice) -> Tensor:
@@ -119,7 +117,7 @@ class SearchTask(FitTask):
         return distributed.map_shares(errors_from, len(candidates)).T
 
     def _assign(self, step: int, temperature_share: float) -> None:
-        errors = self.errors(step)
+        errors = self.errors()
         if temperature_share == 0:
             self.poses.assigned.copy_(errors.argmin(1))
             return

@@ -37,8 +37,7 @@ class DistilTask:
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
     """
 
-    capturable = False
-    takes_device_indices = True
+    capturable = True
 
     def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, duplication: float | None = None):
         self.config, self.scene, self.model, self.duplication = config, scene, model, duplication
@@ -78,7 +77,7 @@ class DistilTask:
         x_t, t = add_noise(x0, self.schedule, config, draw)
         cameras = self.model.predict_cameras(x_t, t)
         target = nearest_candidates(self.model.candidates, cameras.poses, poses)
-        predicted = cameras.poses[torch.arange(len(target)), target]
+        predicted = cameras.poses[torch.arange(len(target), device=target.device), target]
         error = pose_distance(predicted, poses, self.scene.distance)
         classification = F.cross_entropy(cameras.scores, target, reduction="none")
         weight = 1 - t / config.timesteps  # high noise levels hardly show the pose; their errors would dominate

@@ -9,6 +9,7 @@ temperature; the plain minimum collapses to one candidate.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ class JointTask:
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
     """
 
-    capturable = False  # the jitter of a step's samples depends on a number on the host
     takes_device_indices = True
 
     def __init__(
@@ -71,6 +71,9 @@ class JointTask:
         self.config, self.scene, self.model, self.size = config, scene, model, len(scene.images)
         self.poses, self.duplication = poses, duplication
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
+        self.capturable = model.field.capturable
+        self.temperature = torch.zeros((), device=scene.images.device)  # of the balanced assignment
+        self.is_balanced = False
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the encoder at the learning rate, and the field at its own."""
@@ -78,19 +81,27 @@ class JointTask:
         groups: list[dict[str, Any]] = [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
         return groups + field_parameter_groups(self.model.field, rate, base_rate)
 
+    def prepare(self, step: int) -> Hashable:
+        """Set blur and temperature of a step, and update the occupancy; see :class:`factorkit.engine.step.Task`."""
+        config, field, (low, high) = self.config, self.model.field, TEMPERATURE
+        share = max(0.0, 1 - step / (BALANCED_SHARE * config.steps))
+        field.coarseness = INITIAL_COARSENESS * share
+        if self.poses is None:
+            update_occupancy(field, step)
+        self.temperature.fill_(low + (high - low) * share)
+        self.is_balanced = config.balance_candidates and share > 0
+        return self.is_balanced, field.is_blurred
+
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the photometric loss of the selected candidates and the classification loss (eq. 3.4)."""
         config, field, scene = self.config, self.model.field, self.scene
-        temperature_share = max(0.0, 1 - draw.step / (BALANCED_SHARE * config.steps))
-        field.coarseness = INITIAL_COARSENESS * temperature_share
-        if draw.first and self.poses is None:
-            update_occupancy(field, draw.step)
         indices = indices.to(scene.images.device)
         images = scene.images[indices]
         x_t, t = add_noise(to_signal(scene.encoder_images[indices]), self.schedule, config, draw)
         cameras = self.model.predict_cameras(x_t, t)
         rows = torch.arange(len(images), device=images.device)
-        best = self.select_candidates(cameras.poses, images, temperature_share, draw.uniform(), indices)
+        temperature = self.temperature if self.is_balanced else None
+        best = self.select_candidates(cameras.poses, images, temperature, draw.uniform(), indices)
         pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays_per_view)
         rendered = render_pixels(
             field,
@@ -99,7 +110,7 @@ class JointTask:
             pixels,
             scene.size,
             config.samples_per_ray,
-            draw.step,
+            step,
             indices,
             draw.rows.start * config.rays_per_view,
             scene.camera.of_views(indices),
@@ -109,20 +120,26 @@ class JointTask:
         classification = F.cross_entropy(cameras.scores, best, reduction="none")
         objective = error + config.classification_weight * classification
         objective = objective + regularisation(config, scene, field, rendered)
-        use = torch.bincount(best, minlength=cameras.scores.shape[1]) / len(best)
+        numbers = torch.arange(cameras.scores.shape[1], device=best.device)  # torch.bincount would wait for the device
+        use = (best[:, None] == numbers).sum(0) / len(best)
         correct = (cameras.best_index == best).float().mean()
         return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": correct})
 
     @torch.no_grad()
     def select_candidates(
-        self, poses: Tensor, images: Tensor, temperature_share: float, uniform: Tensor, views: Tensor | None = None
+        self,
+        poses: Tensor,
+        images: Tensor,
+        temperature: Tensor | float | None,
+        uniform: Tensor,
+        views: Tensor | None = None,
     ) -> Tensor:
         """Return the candidate [B] from which each image is rendered.
 
         Args:
             poses: of the candidates, [B, N, 4, 4].
             images: [B, 3, H, W].
-            temperature_share: of the initial temperature; 0 selects the lowest error.
+            temperature: of the balanced assignment; None selects the lowest error.
             uniform: random numbers [B] in [0, 1).
             views: indices [B] of the images, for their appearance.
         """
@@ -135,11 +152,10 @@ class JointTask:
         if self.scene.loss_masks is not None and views is not None:
             weights = resize_area(self.scene.loss_masks[views], *size).movedim(1, -1)[:, None]
         errors = mean_squared_error(color, target, (2, 3, 4), weights)
-        if not (self.config.balance_candidates and temperature_share and errors.shape[1] > 1):
+        if temperature is None or errors.shape[1] == 1:
             return errors.argmin(1)
-        low, high = TEMPERATURE
         everyone, own = distributed.gather_rows(standardise_errors(errors))  # balanced over the global batch
-        plan = balanced_assignment(everyone, low + (high - low) * temperature_share)
+        plan = balanced_assignment(everyone, temperature)
         return sample_assignment(plan[own], uniform)
 
     def update_buffers(self, model: NerfdiffModel) -> None:

@@ -17,6 +17,7 @@ from factorkit.nerfdiff.cameras.poses import azimuth_degrees, direction_vectors
 from factorkit.nerfdiff.scene import Scene
 
 MAX_CENTRED_SPREAD = 0.05  # of the image's side: centred objects have .02 to .045, shifted by up to 5% .055 and more
+MAX_SIZE_SPREAD = 0.1  # Lego at one distance has .07, a distance that varies by 20% .13
 
 
 def foreground_offsets(foreground: Foreground) -> Tensor:
@@ -38,12 +39,23 @@ def foreground_offsets(foreground: Foreground) -> Tensor:
     return median + trust[:, None] * (offsets - median)
 
 
-def is_off_centre(scene: Scene) -> bool:
-    """Return whether the foreground of the views of an object is known, and often off the middle of the images."""
+def is_unevenly_framed(scene: Scene) -> bool:
+    """Return whether an object's foreground is known, and often off the middle of the images or of changing size."""
     if scene.layout != "object" or scene.foreground is None:
         return False
     offsets = foreground_offsets(scene.foreground)
-    return offset_spread(offsets, scene.camera.intrinsics) > MAX_CENTRED_SPREAD
+    off_centre = offset_spread(offsets, scene.camera.intrinsics) > MAX_CENTRED_SPREAD
+    return off_centre or size_spread(scene.foreground) > MAX_SIZE_SPREAD
+
+
+def size_spread(foreground: Foreground) -> float:
+    """Return the relative spread of the size of an object in the images: the root of the area of its masks."""
+    areas = (foreground.masks & foreground.scored).sum((1, 2))
+    sizes = areas[areas > 0].float().sqrt().log()
+    if not len(sizes):
+        return 0.0
+    high, low = sizes.quantile(sizes.new_tensor([0.84, 0.16]))  # one standard deviation, few wrong masks aside
+    return float(high - low) / 2
 
 
 def offset_spread(offsets: Tensor, intrinsics: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ ADAM_BETAS = (0.9, 0.99)  # few rays pass a cell in each step, so long averages 
 SHARPENING_SHARE = 0.6  # of the steps, after which nothing is blurred any more
 IMAGE_BLUR = 0.094  # standard deviation at full coarseness, in units of the longer side
 MASK_TOLERANCE = 0.5  # difference of opacity about which a pixel's mask begins to count as wrong
-UNBOUNDED_VARIATION = 6.0  # factor on the total variation: few views show each cell of a room
 UPDATE_EVERY = 10  # steps between changes of the blur, and between assignments of the search
 
 
@@ -69,7 +69,9 @@ class SceneFit(nn.Module):
             return poses
         return dolly_poses(poses, self.log_focal.exp())
 
-    def forward(self, indices: Tensor, pixels: Tensor, seed: int, first_ray: int = 0, **pose_options: Any) -> Rendered:
+    def forward(
+        self, indices: Tensor, pixels: Tensor, seed: int | Tensor, first_ray: int = 0, **pose_options: Any
+    ) -> Rendered:
         """Render pixels [B, R] of views [B]; see :func:`factorkit.nerfdiff.rays.render_pixels`."""
         poses, camera = self.view_poses(indices, **pose_options), self.camera
         own = camera.of_views(indices)
@@ -91,7 +93,7 @@ def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered:
 
     Fog in the colour of the background is invisible in the training views, but not in others.
     """
-    variation = config.tv_weight * (UNBOUNDED_VARIATION if field.unbounded else 1.0) * field.total_variation()
+    variation = config.tv_weight * field.total_variation()
     if scene.layout != "object" or field.unbounded:
         return variation
     return variation + config.opacity_weight * rendered.opacity.mean(1)
@@ -120,9 +122,12 @@ class FitTask:
         preview_name: part of the file names of previews; None: no previews.
         initial_coarseness: blur of field and views at the start, 0 (none) to 1: for poses that are far off.
         mask_weight: weight of the silhouettes beside the photometric error, where the views have masks.
+
+    Attributes:
+        target_images: the views [V, 3, H, W], blurred as far as the step requires.
+        target_masks: the masks [V, 1, H, W], blurred as the views are; None where they have no weight.
     """
 
-    capturable = False  # the jitter of a step's samples depends on a number on the host
     takes_device_indices = True
 
     def __init__(
@@ -138,7 +143,12 @@ class FitTask:
         self.config, self.scene, self.model = config, scene, model
         self.preview_name, self.initial_coarseness = preview_name, initial_coarseness
         self.mask_weight = mask_weight if scene.masks is not None else 0.0
-        self._blurred: tuple[float, Tensor, Tensor | None] = (0.0, scene.images, scene.masks)
+        self.capturable = model.field.capturable
+        self._blur = 0.0  # of the targets, in pixels
+        # copies where they will be blurred
+        self.target_images = scene.images.clone() if initial_coarseness else scene.images
+        masks = scene.masks if self.mask_weight else None
+        self.target_masks = masks.clone() if masks is not None and initial_coarseness else masks
         self.views = (torch.arange(len(scene.images)) if views is None else views).to(scene.images.device)
         self.size = len(self.views)
 
@@ -154,28 +164,33 @@ class FitTask:
             groups.append({"params": poses, "scale": scale, "betas": ADAM_BETAS})
         return groups
 
+    def prepare(self, step: int) -> Hashable:
+        """Set the blur of a step, and update occupancy and Gaussians; see :class:`factorkit.engine.step.Task`."""
+        field, config = self.model.field, self.config
+        field.coarseness = self.coarseness_at(step)
+        update_occupancy(field, step)
+        if isinstance(field, ImageField):
+            field.update(step, config.steps, config.learning_rate, config.seed)
+        self._blur_targets(step)
+        return field.coarseness > 0, field.is_blurred
+
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the photometric loss of random rays."""
-        self.model.field.coarseness = self.coarseness_at(draw.step)
         rows = self.views[indices]
-        if draw.first:
-            update_occupancy(self.model.field, draw.step)
-            if isinstance(self.model.field, ImageField):
-                self.model.field.update(draw.step, self.config.steps, self.config.learning_rate, self.config.seed)
-        images = self.target_images(draw.step)[rows.to(self.scene.images.device)]
+        images = self.target_images[rows.to(self.scene.images.device)]
         count = images.shape[2] * images.shape[3]
         if isinstance(self.model.field, ImageField):
             pixels = torch.arange(count, device=images.device).expand(len(rows), -1)
         else:
             pixels = draw.integers(0, count, self.config.rays_per_view)
         first_ray = draw.rows.start * self.config.rays_per_view
-        rendered = model(rows, pixels, draw.step, first_ray, **self.pose_options(draw, draw.step))
+        rendered = model(rows, pixels, step, first_ray, **self.pose_options(draw))
         scored = self.scene.loss_masks
         weights = None if scored is None else gather_pixels(scored[rows.to(scored.device)], pixels)
         error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)
         objective = error + regularisation(self.config, self.scene, self.model.field, rendered)
-        if self.mask_weight:
-            masks = gather_pixels(self.target_masks(draw.step)[rows.to(self.scene.images.device)], pixels)[..., 0]
+        if self.target_masks is not None:
+            masks = gather_pixels(self.target_masks[rows.to(self.scene.images.device)], pixels)[..., 0]
             counted = None if weights is None else weights[..., 0]
             objective = objective + self.mask_weight * silhouette_error(rendered.opacity, masks, counted)
         return StepLoss(objective, error, torch.zeros_like(error), {})
@@ -184,24 +199,17 @@ class FitTask:
         """Return the coarseness at a step: linear from its initial value to 0."""
         return self.initial_coarseness * max(0.0, 1 - step / (SHARPENING_SHARE * self.config.steps))
 
-    def target_images(self, step: int) -> Tensor:
-        """Return the views [V, 3, H, W], blurred as far as the step requires."""
+    def _blur_targets(self, step: int) -> None:
+        """Blur views and masks as far as the step requires."""
         coarseness = self.coarseness_at(step // UPDATE_EVERY * UPDATE_EVERY)
         sigma = round(coarseness * IMAGE_BLUR * max(self.scene.size), 2)
-        if self._blurred[0] != sigma:
-            masks = self.scene.masks if self.mask_weight else None
-            blurred = None if masks is None else gaussian_blur(masks, sigma)
-            self._blurred = sigma, gaussian_blur(self.scene.images, sigma), blurred
-        return self._blurred[1]
+        if self._blur != sigma:
+            self._blur = sigma
+            self.target_images.copy_(gaussian_blur(self.scene.images, sigma))
+            if self.target_masks is not None and self.scene.masks is not None:
+                self.target_masks.copy_(gaussian_blur(self.scene.masks, sigma))
 
-    def target_masks(self, step: int) -> Tensor:
-        """Return the masks [V, 1, H, W], blurred as the views are."""
-        self.target_images(step)
-        masks = self._blurred[2]
-        assert masks is not None
-        return masks
-
-    def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+    def pose_options(self, draw: BatchDraw) -> dict[str, Tensor]:
         """Return further arguments of the pose module."""
         return {}
 

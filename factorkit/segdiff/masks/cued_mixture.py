@@ -32,7 +32,7 @@ class CuedMixtureTask:
         schedule: of the noise.
     """
 
-    capturable = False
+    capturable = True
 
     def __init__(
         self,

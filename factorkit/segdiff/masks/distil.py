@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.step import StepLoss
+from factorkit.ops.dispatch import is_readable
 from factorkit.segdiff.masks.objects import MaskNetwork
 from factorkit.utils.images import pixels_to_signed, uint8_to_unit
 from factorkit.utils.rng import BatchDraw
@@ -37,7 +38,7 @@ class DistilTask:
         schedule: of the noise, on the device of the training.
     """
 
-    capturable = False
+    capturable = True
 
     def __init__(
         self,
@@ -48,7 +49,9 @@ class DistilTask:
         random_flip: bool,
         schedule: Schedule,
     ):
-        self.config, self.images, self.teach = config, images, cache(teach)
+        device = schedule.device
+        self.config, self.images = config, torch.from_numpy(np.array(images)).to(device)
+        self.teach = cache(lambda: teach().to(device))
         self.model: nn.Module = network
         self.size, self.random_flip, self.schedule = len(images), random_flip, schedule
         self.low_noise_time = max(1, schedule.find_matching_time(LOW_NOISE_TIME, Schedule()))
@@ -59,10 +62,9 @@ class DistilTask:
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the cross-entropy of the network's masks of the images ``indices``."""
-        device = self.schedule.device
-        rows = torch.from_numpy(self.images[indices.cpu().numpy()])
-        images = (pixels_to_signed(rows) if rows.dtype == torch.uint8 else rows[:, 0].float()).to(device)
-        masks = uint8_to_unit(self.teach()[indices.cpu()]).to(device)
+        at = indices.to(self.images.device)
+        rows, masks = self.images[at], uint8_to_unit(self.teach()[at])
+        images = pixels_to_signed(rows) if rows.dtype == torch.uint8 else rows[:, 0].float()
         images, masks = augment(images, masks, draw, self.random_flip)
         low = draw.uniform() < LOW_NOISE_SHARE
         t = torch.where(low, draw.integers(0, self.low_noise_time), draw.integers(0, self.schedule.steps))
@@ -89,13 +91,25 @@ def augment(images: Tensor, masks: Tensor, draw: BatchDraw, random_flip: bool) -
     theta[:, :, 2] = shift
     images, masks = (_transform(values, theta) for values in (images, masks))
     # A rotation of the colours that is near the identity.
-    turned, upper = torch.linalg.qr(torch.eye(channels, device=device) + HUE * draw.normal(channels, channels))
-    turned = turned * torch.sign(torch.diagonal(upper, dim1=1, dim2=2))[:, None]
+    turned = orthogonalise(torch.eye(channels, device=device) + HUE * draw.normal(channels, channels))
     mean = images.mean((2, 3), keepdim=True)
     away = torch.einsum("bij,bjhw->bihw", turned, images - mean)
     away = away * torch.exp(GAIN * draw.normal(1, 1, 1))
     away = torch.where(draw.uniform(1, 1, 1) < GREY_SHARE, away.mean(1, keepdim=True).expand_as(away), away)
     return away + mean + SHIFT * draw.normal(channels, 1, 1), masks
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Return Q [B, C, C] of matrices = QR whose R has a positive diagonal."""
+    if is_readable(matrices):
+        turned, upper = torch.linalg.qr(matrices)
+        return turned * torch.sign(torch.diagonal(upper, dim1=1, dim2=2))[:, None]
+    columns: list[Tensor] = []  # by Gram and Schmidt: torch's QR waits for a GPU, so that no graph can record it
+    for column in matrices.unbind(2):
+        for other in columns:
+            column = column - (other * column).sum(1, keepdim=True) * other
+        columns.append(F.normalize(column, dim=1))
+    return torch.stack(columns, 2)
 
 
 def _transform(values: Tensor, theta: Tensor) -> Tensor:

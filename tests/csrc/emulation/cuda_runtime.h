@@ -30,9 +30,20 @@ struct dim3 {
 };
 inline dim3 threadIdx(0, 0), blockIdx(0, 0);
 
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 template <class T>
 void atomicAdd(T* at, T value) {  // lanes take turns
     *at += value;
+}
+inline void atomicAdd(float2* at, float2 value) { *at = {at->x + value.x, at->y + value.y}; }
+inline void atomicAdd(float4* at, float4 value) {
+    *at = {at->x + value.x, at->y + value.y, at->z + value.z, at->w + value.w};
 }
 
 struct Warp {

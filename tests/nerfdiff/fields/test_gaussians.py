@@ -254,7 +254,7 @@ def test_forward_facing_run_explains_views_and_depths_better_than_its_grid(tmp_p
 class OnePass:
     """What a step of a fit draws, for views in order."""
 
-    first, step, rows = True, 0, slice(0, 1)
+    rows = slice(0, 1)
 
 
 def fit_gradients(changes, poses=None, optimize_focal=False, **scene_changes):
@@ -373,10 +373,10 @@ def test_training_moves_a_gaussian_that_is_not_finite_to_a_visible_one(tmp_path,
     fit = SceneFit(field, FreePoses(scene.poses), scene.camera, scene.size, 1)
 
     class Task(FitTask):
-        def loss(self, model, indices, draw, step):
-            if draw.step == 55:  # after the last relocation of invisible ones
+        def prepare(self, step):
+            if step == 55:  # after the last relocation of invisible ones
                 getattr(field, name).data.view(40, -1)[3, -1] = value
-            return super().loss(model, indices, draw, step)
+            return super().prepare(step)
 
     task = Task(config, scene, fit)
     trained = Trainer(task, config, tmp_path, {}, device=torch.device("cpu"), progress=False).run()

@@ -13,6 +13,7 @@ from factorkit.nerfdiff.fields.kinds import build_field
 from factorkit.nerfdiff.network import predict_clean, to_radiance, to_signal
 from factorkit.nerfdiff.rays import render_pixels
 from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.dictionary import TEMPERATURE
 from factorkit.nerfdiff.stages.joint import JointTask, add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import BatchDraw
@@ -65,7 +66,7 @@ def test_select_candidates_without_balance_has_the_least_error(tiny, scene_views
     task = task_of(tiny, scene_views, balance_candidates=False)
     with torch.no_grad():
         result = predict_clean(task.model, task.scene.images[INDICES])
-        best = task.select_candidates(result.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
+        best = task.select_candidates(result.poses, task.scene.images[INDICES], None, torch.rand(4))
         pixels = torch.arange(64).expand(4, 64)
         errors = []
         for n in range(3):
@@ -78,8 +79,8 @@ def test_select_candidates_with_balance_shares_equal_views(tiny, scene_views):
     task = task_of(tiny, scene_views, num_candidates=2)
     images = task.scene.images[:1].repeat(100, 1, 1, 1)
     poses = predict_clean(task.model, images).poses
-    hot = task.select_candidates(poses, images, 1.0, torch.rand(100))
-    cold = task.select_candidates(poses, images, 0.0, torch.rand(100))
+    hot = task.select_candidates(poses, images, TEMPERATURE[1], torch.rand(100))
+    cold = task.select_candidates(poses, images, None, torch.rand(100))
     assert 40 <= hot.sum() <= 60 and len(cold.unique()) == 1
 
 

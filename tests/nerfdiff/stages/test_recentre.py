@@ -13,12 +13,14 @@ from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene, open_scene
 from factorkit.nerfdiff.stages.recentre import (
+    MAX_SIZE_SPREAD,
     aim_from_offsets,
     directions_with_aim,
     foreground_offsets,
-    is_off_centre,
+    is_unevenly_framed,
     offset_spread,
     recentre_scene,
+    size_spread,
 )
 from factorkit.nerfdiff.train import choose_capture_settings
 
@@ -102,11 +104,27 @@ def test_recentred_view_is_like_that_of_a_camera_that_looks_at_the_origin():
     assert difference < 0.2 * (seen - centred.movedim(-1, 1)).square().mean()
 
 
+def test_size_spread_is_that_of_distances_and_a_few_wrong_masks_do_not_count():
+    boxes = [(24 - r, 24 + r, 24 - r, 24 + r) for r in (8, 10, 12, 14, 16)]
+    assert size_spread(make_masks(*boxes)) == pytest.approx(0.2, abs=0.06) and MAX_SIZE_SPREAD < 0.14
+    assert size_spread(make_masks(*[boxes[2]] * 18, (0, 0, 0, 0), (12, 36, 12, 24))) == 0
+    assert size_spread(make_masks((0, 0, 0, 0))) == 0
+
+
+def test_choose_capture_settings_views_of_changing_size_get_distance():
+    views = make_procedural_views(12, 24, seed=0)
+    zoomed = make_masks(*[(24 - r, 24 + r, 24 - r, 24 + r) for r in range(8, 20)])
+    scene = replace(open_scene(views, 24, CPU, False), foreground=zoomed)
+    assert choose_capture_settings(preset_config("fast"), scene).optimize_camera == ("aim", "distance", "roll")
+
+
 def test_choose_capture_settings_off_centre_views_get_aim(shifted):
     centred = open_scene(make_procedural_views(12, 24, seed=0), 24, CPU, False)
     config = preset_config("fast")
     assert (
-        is_off_centre(shifted) and not is_off_centre(centred) and not is_off_centre(replace(shifted, foreground=None))
+        is_unevenly_framed(shifted)
+        and not is_unevenly_framed(centred)
+        and not is_unevenly_framed(replace(shifted, foreground=None))
     )
     assert choose_capture_settings(config, shifted).optimize_camera == ("aim", "distance", "roll")
     assert choose_capture_settings(config, centred).optimize_camera == ()

@@ -32,11 +32,12 @@ def test_fit_task_adds_the_weighted_silhouette_error_of_the_blurred_masks():
     def objective(weight: float, coarseness: float):
         task = FitTask(config, scene, model, initial_coarseness=coarseness, mask_weight=weight)
         draw = BatchDraw(0, 0, 4, slice(0, 4), CPU)
-        return task, task.loss(model, torch.arange(4), draw, torch.zeros(()))
+        task.prepare(0)
+        return task, task.loss(model, torch.arange(4), draw, torch.tensor(0))
 
     for coarseness in (0.0, 1.0):
         _, plain = objective(0.0, coarseness)
         task, added = objective(0.5, coarseness)
         assert torch.equal(added.loss, plain.loss) and (added.objective > plain.objective).all()
-        masks = task.target_masks(0)
+        masks = task.target_masks
         assert torch.equal(masks, scene.masks) == (coarseness == 0.0) and masks.shape == (4, 1, 8, 8)
