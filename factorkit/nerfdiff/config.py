@@ -1,4 +1,4 @@
-"""Settings of a nerfdiff run, and the presets."""
+"""Settings of a nerfdiff run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_rename
 from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
 from factorkit.nerfdiff.fields.base import BACKGROUNDS
 from factorkit.nerfdiff.fields.kinds import FIELDS
+from factorkit.nerfdiff.presets import FAST, JOINT, JOINT_SHARES, PRESETS
 from factorkit.utils.errors import ConfigError, did_you_mean
 
 
@@ -273,50 +274,8 @@ CHOICES = {
     "unbounded": ("auto", "yes", "no"),
     "encoder_pooling": ("flatten", "average"),
 }
-
-_FAST = {
-    "steps": 500,
-    "batch_size": 32,
-    "learning_rate": 3e-3,
-    "timestep_power": 2.0,
-    "lr_decay_fraction": 1.0,
-    "ema_decay": 0.98,
-    "precision": "fp32",
-    "threads": 1,
-    "checkpoint_every": 100,
-    "sample_every": 0,
-    "log_every": 20,
-    "keep_checkpoints": 2,
-}
-_THESIS = {
-    "search": "joint",
-    "balance_candidates": False,
-    "candidate_type": "thesis",
-    "field": "mlp",
-    "samples_per_ray": 64,
-    "resolution": 128,
-    "steps": 200_000,
-    "learning_rate": 2e-5,
-    "field_learning_rate": 1e-4,
-    "ema_decay": 0.9999,
-    "precision": "fp32",
-    "batch_size": 16,
-    "rays_per_view": 256,
-    "timestep_power": 1.0,
-    "model_channels": 64,
-    "channel_mult": (1, 1, 2, 2, 4),
-    "num_res_blocks": 2,
-    "encoder_pooling": "average",
-    "encoder_resolution": 128,
-    "tv_weight": 0.0,
-    "opacity_weight": 0.0,
-}
-
-
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
 MAX_GRID_VIEWS = 64  # pixels of the longer side above which Gaussians reach more dB in the same time than a grid
-
-
 SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 
 
@@ -334,34 +293,6 @@ def _sized(resolution: int, field: str, unbounded: bool = False) -> dict[str, An
     return dict(zip(SIZES, sizes, strict=True))
 
 
-#: changes of search="joint" to the presets "demo" and "fast"
-_JOINT = {
-    "steps": 1500,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
-    "lr_decay_fraction": 0.4,
-    "encoder_resolution": 32,
-    "encoder_stem_size": 1,
-    "model_channels": 16,
-    "channel_mult": (1, 2, 2, 2),
-    "num_candidates": 12,
-    "classification_weight": 0.01,
-    "timestep_power": 3.0,
-    "rays_per_view": 128,
-    "sample_every": 300,
-}
-_JOINT_SHARES = {"grid_resolution": 3 / 4, "samples_per_ray": 7 / 8}  # factors on the same presets
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": _FAST,
-    "fast": _FAST,
-    "lego": _THESIS | {"num_candidates": 12},
-    "drums": _THESIS | {"num_candidates": 12},
-    "car": _THESIS | {"num_candidates": 8, "elevation_range": (-70.0, 70.0)},
-    "llff": _THESIS | {"num_candidates": 1, "candidate_type": "single", "resolution": 504, "encoder_resolution": 504},
-}
-
-
 def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     """Return the configuration of a preset (None: the class's defaults) with ``changes``, validated.
 
@@ -372,7 +303,7 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         meant = did_you_mean(preset, PRESETS)
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
-    if settings is _FAST:
+    if settings is FAST:
         field, resolution = changes.get("field", "auto"), changes.get("resolution", NerfdiffConfig.resolution)
         if field == "auto" and (resolution <= MAX_GRID_VIEWS or changes.get("search") == "joint"):
             field = "grid"
@@ -381,7 +312,7 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         settings = settings | {"occupancy": field not in ("auto", "grid", "gaussians")}
         settings = settings | {"encoder_stem_size": max(1, min(resolution, 64) // 16)}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
-        settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
+        settings = settings | JOINT | {k: round(share * settings[k]) for k, share in JOINT_SHARES.items()}
     if changes.get("encoder") == "vit":
         settings = {k: v for k, v in settings.items() if k not in ENCODER_SETTINGS["unet"]} | {"model_channels": 64}
         if preset in ("demo", "fast"):

@@ -40,7 +40,8 @@ class SegdiffConfig(EngineConfig):
     """Number K of soft regions; 1 is the plain DDPM. By default 2 or 3 with masks="auto", as suits the images, else the
     preset's, or 3 as in the thesis. Several numbers define a hierarchy: 3 3 splits each of 3 regions into 3."""
     form: Literal["regional", "thesis"] = "regional"
-    """"thesis": exactly as in the thesis. "regional" adds what makes the regions follow content at modest budgets."""
+    """"thesis" is the model exactly as in the thesis. "regional" adds what makes the regions follow content at modest
+    budgets."""
     decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
     """How the branches see the masks. The last three are the ablations of table 2.6."""
     backbone: Literal["unet", "uvit"] = "unet"
