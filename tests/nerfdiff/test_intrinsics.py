@@ -98,8 +98,10 @@ def test_fit_task_alarms_use_the_focal_length_of_the_fit(tmp_path):
     views = make_procedural_views(6, 12, seed=1)
     scene = open_scene(views, 12, CPU)
     short = scale_focal(scene, 1 / 1.5)
+    field = make_scene_field()
+    field.capturable = False
     model = SceneFit(
-        make_scene_field(),
+        field,
         FreePoses(dolly_poses(views.poses, 1 / 1.5)),
         short.camera,
         (12, 12),
