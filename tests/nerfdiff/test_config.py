@@ -8,8 +8,8 @@ import torch
 from factorkit.nerfdiff.build import build_encoder, build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
-from factorkit.nerfdiff.presets import PRESETS
 from factorkit.nerfdiff.fields.kinds import FrequencyField, build_field
+from factorkit.nerfdiff.presets import PRESETS
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.utils.errors import ConfigError
 
