@@ -101,12 +101,7 @@ def test_fit_task_alarms_use_the_focal_length_of_the_fit(tmp_path):
     field = make_scene_field()
     field.capturable = False
     model = SceneFit(
-        field,
-        FreePoses(dolly_poses(views.poses, 1 / 1.5)),
-        short.camera,
-        (12, 12),
-        32,
-        optimize_focal=True,
+        field, FreePoses(dolly_poses(views.poses, 1 / 1.5)), short.camera, (12, 12), 32, optimize_focal=True
     )
     model.log_focal.data.fill_(math.log(1.5))
     task = FitTask(preset_config("fast", resolution=12), short, model, preview_name="refine")
