@@ -16,12 +16,16 @@ from safetensors.torch import save_file
 import factorkit
 from factorkit.cli.main import main
 from factorkit.data import draw_flowers
+from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
+from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference.segment import lift_masks
 from factorkit.segdiff.latents import LatentSpace, open_autoencoder
-from factorkit.segdiff.masks.objects import resize
+from factorkit.segdiff.masks.distil import DistilTask
+from factorkit.segdiff.masks.objects import MaskNetwork, resize
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
+from factorkit.utils.rng import BatchDraw
 from tests.engine.trained import assert_identical, final_state
 
 SIZES = AutoencoderSizes(channels=(8, 8, 8), num_res_blocks=1, latent_channels=4, norm_groups=4, attention=True)
@@ -102,6 +106,22 @@ def test_latent_run_has_object_masks_that_follow_the_pixels_of_the_photo(trained
     torch.testing.assert_close(noisy, masks.network(latents, t + 1).softmax(1))
     assert masks.typical.limits.isfinite().all()
     assert len(trained.segment(images[:2]).unlike) == 2
+
+
+def test_distil_task_reads_the_latents_of_the_images_not_of_their_mirror_images():
+    def loss(latents):
+        torch.manual_seed(0)
+        network = MaskNetwork(2, 16, 4)
+        torch.nn.init.normal_(network.conv_out.weight)
+        masks = torch.randint(0, 256, (4, 2, 32, 32), dtype=torch.uint8)
+        config = preset_config("demo", resolution=16).resolved()
+        task = DistilTask(config, network, latents, lambda: masks, False, Schedule())
+        return task.loss(network, torch.arange(4), BatchDraw(0, 0, 4, slice(0, 4), CPU), torch.tensor(0)).objective
+
+    latents = np.random.default_rng(0).normal(size=(4, 2, 4, 16, 16)).astype(np.float16)
+    mirrored, own = latents.copy(), latents.copy()
+    mirrored[:, 1], own[:, 0] = 0, 0
+    assert loss(latents).equal(loss(mirrored)) and not loss(latents).equal(loss(own))
 
 
 def test_latent_run_segments_generates_and_edits_at_the_size_of_the_photo(trained, images, tmp_path):
