@@ -9,7 +9,7 @@ from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.scene import open_scene
-from factorkit.nerfdiff.stages.refine import FitTask, SceneFit, silhouette_error
+from factorkit.nerfdiff.stages.refine import MASK_TOLERANCE, FitTask, SceneFit, robust_error
 from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
