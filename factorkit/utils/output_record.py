@@ -191,7 +191,7 @@ class OutputRecord:
                 "was changed after factorkit wrote it" if self._find_versions(name) else "was not written by factorkit"
             )
         else:
-            owner = version.source if version.stem is None else self._find_owner(version.stem)
+            owner = version.source if version.stem is None else self._find_owner(version.stem) or version.source
             if owner == source:
                 return None
             reason = f"was written for another input ({owner.partition(chr(10))[0]})"
