@@ -366,17 +366,18 @@ def fit_nerfdiff(run: NerfdiffRun, data: Path) -> None:
             field = training.fit("all", training.new_field("grid", 20), fixed, steps=30)
             model: Any = SimpleNamespace(views=poses, camera=scene.camera, field=field.field)
             errors, noise, reason = training.measure_held_out(model)
+            shared = training.check_shared_error(model, errors, reason)
     except DataError as error:
         record(run.key(), result | {"failures": [f"refused: {error}"]})
         return
-    checks = held_out_checks(scene.layout, errors, noise, reason)
+    checks = [*held_out_checks(scene.layout, errors, noise, reason), shared]
     failures = [] if scene.layout == "forward" else pose_alarms(poses, images=scene.images)["failures"]
     if scene.layout == "forward":
         checks.append(forward_direction_check(poses))
     else:
         checks.append(silhouette_check(silhouette_offset(field.field, scene, poses, 24)))
     values = {} if errors is None else {"held_out_cross": errors.cross, "held_out_nearest": errors.nearest}
-    result |= {"layout": scene.layout, "unchecked": reason, **values}
+    result |= {"layout": scene.layout, "unchecked": reason, **values, "shared_ratio": shared.value}
     record(run.key(), result | {"failures": [*failures, *all_failures(checks)]})
 
 

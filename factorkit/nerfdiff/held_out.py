@@ -6,6 +6,7 @@ field that was fitted to other views does not have that bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ MAX_CROSS = {"object": 0.2, "forward": 0.9, "unbounded": 0.7}
 MAX_FORWARD_DEGREES = 45.0  # between a camera and the mean direction: fern 9.5, cameras around an object 84-98
 MAX_NEAREST = 1.0  # right runs: .18-.93; wrong ones: .41-1.69
 MIN_CROSS_FOR_NEAREST = 0.05  # below it the held-out views are explained, however similar two of them may be
+# of the held-out errors with and without freed cameras: right runs .96-1.06, wrong ones that nothing else names .63-.73
+MIN_SHARED_RATIO = 0.85
 MIN_HELD_OUT_VIEWS, MIN_FIT_STEPS = 4, 20  # below them the halves, or the run itself, are too small to be checked
 
 
@@ -45,24 +48,36 @@ class HeldOutErrors:
     nearest: float
 
 
-def compare_held_out(
-    fields: list[Field], halves: list[tuple[Tensor, Tensor]], scene: Scene, poses: Tensor, samples: int
-) -> HeldOutErrors:
+@dataclass(frozen=True)
+class SharedError:
+    """What fits to half of the views find if errors that all cameras around an object may share are free.
+
+    Attributes:
+        cross: see :class:`HeldOutErrors`.
+        degrees: by which the cameras move towards one direction, at most.
+        focal: focal length, and distances, over those of the run.
+    """
+
+    cross: float
+    degrees: float
+    focal: float
+
+
+@torch.no_grad()
+def compare_held_out(fits: Sequence[Any], halves: Sequence[tuple[Tensor, Tensor]], scene: Scene) -> HeldOutErrors:
     """Render each half of the views from the field that was fitted to the other half.
 
     Args:
-        fields: one for each pair of halves.
+        fits: a :class:`factorkit.nerfdiff.stages.refine.SceneFit`, with poses of all views, for each pair of halves.
         halves: indices of the views that fit, and of those that are held out.
-        poses: of all views, [V, 4, 4].
     """
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     images = resize_area(scene.images, *size)
     errors, nearest, variances = [], [], []
-    for field, (fitting, held_out) in zip(fields, halves, strict=True):
+    for fit, (fitting, held_out) in zip(fits, halves, strict=True):
         chosen = torch.linspace(0, len(held_out) - 1, min(COMPARISON_VIEWS, len(held_out))).round().long()
         rows = held_out[chosen].to(images.device)
-        own = scene.camera.of_views(rows)
-        render_rows = partial(_render_rows, field, poses[rows], scene.camera, size, samples, own)
+        render_rows = partial(_render_rows, fit.field, fit.view_poses(rows), fit.camera, size, fit.samples, rows)
         color = distributed.map_shares(render_rows, len(rows)).movedim(-1, 1)
         others = images[fitting.to(images.device)].flatten(1)
         errors.append((color - images[rows]).square().mean((1, 2, 3)))
@@ -76,15 +91,9 @@ def compare_held_out(
 
 
 def _render_rows(
-    field: Field,
-    poses: Tensor,
-    camera: CameraModel,
-    size: tuple[int, int],
-    samples: int,
-    intrinsics: Tensor | None,
-    rows: slice,
+    field: Field, poses: Tensor, camera: CameraModel, size: tuple[int, int], samples: int, views: Tensor, rows: slice
 ) -> Tensor:
-    own = None if intrinsics is None else intrinsics[rows]
+    own = camera.of_views(views[rows])
     return render_views(field, poses[rows], camera, size, samples, intrinsics=own).color
 
 
@@ -157,6 +166,33 @@ def held_out_checks(
         return [*checks, Check("disparity noise", not_run=around)]
     # No limit separates: right scenes have .19 to .48, wrong ones .18 to .64.
     return [*checks, Check("disparity noise", noise)]
+
+
+def shared_error_reason(layout: SceneLayout, unbounded: bool, errors: HeldOutErrors | None, reason: str) -> str:
+    """Return why a :class:`SharedError` is not measured; "" if it is."""
+    if layout != "object" or unbounded:
+        return "since it is measured around objects only"
+    if errors is None:
+        return reason
+    if not errors.cross <= MAX_CROSS["object"]:
+        return "since the held-out error is beyond its limit already"
+    explained = errors.cross <= MIN_CROSS_FOR_NEAREST
+    return f"since the held-out error is at most {MIN_CROSS_FOR_NEAREST:g}" if explained else ""
+
+
+def shared_error_check(errors: HeldOutErrors | None, shared: SharedError | None, reason: str) -> Check:
+    """Return the check of a :class:`SharedError`; None: not measured for a reason."""
+    name = "held-out error of freed cameras"
+    if errors is None or shared is None:
+        return Check(name, not_run=reason)
+    ratio = shared.cross / max(errors.cross, 1e-9)
+    text = (
+        f"shared error: held-out views are explained better ({shared.cross:.2f} instead of {errors.cross:.2f} of their "
+        f"variance left) by cameras that are {shared.degrees:.0f} degrees nearer to one direction, with "
+        f"{shared.focal:.2f} times the focal length; the cameras, or a focal length given or guessed, may be wrong. "
+        'Give the focal length (fov=), masks or search="sfm", or train with another seed='
+    )
+    return Check(name, ratio, low=MIN_SHARED_RATIO, failures=() if ratio >= MIN_SHARED_RATIO else (text,))
 
 
 def to_fields(errors: HeldOutErrors | None, noise: float | None) -> dict[str, Any]:

@@ -234,7 +234,8 @@ class _StageTimer(Training):
         self.measure_duplication(poses)
 
     def log_held_out_checks(self, model: Any) -> None:
-        self.measure_held_out(model)
+        errors, _, reason = self.measure_held_out(model)
+        self.check_shared_error(model, errors, reason)
 
 
 def choose_capture_settings(

@@ -229,6 +229,27 @@ class FreePoses(nn.Module):
         return self.base[indices] @ rodrigues_poses(self.numbers[indices])
 
 
+class SharedMotion(nn.Module):
+    """Poses [V, 4, 4] of which one parameter moves all cameras: towards one direction, on spheres about the origin.
+
+    A ring of cameras becomes too high or low, or uneven: errors that a field can hide by a change of its shape.
+    """
+
+    base: Tensor
+
+    def __init__(self, base: Tensor):
+        super().__init__()
+        self.register_buffer("base", base.clone())
+        self.pull = nn.Parameter(torch.zeros(3))  # its length is the angle of cameras at a right angle to it
+
+    def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
+        """Return poses [B, 4, 4] of views with these indices."""
+        base = self.base[indices]
+        direction = F.normalize(base[:, :3, 3], dim=1)
+        rotation = torch.cross(direction, self.pull.expand_as(direction), dim=1)
+        return rodrigues_poses(torch.cat([rotation, torch.zeros_like(rotation)], 1)) @ base
+
+
 def camera_path(kind: str, frames: int, poses: Tensor, layout: str) -> Tensor:
     """Return poses [frames, 4, 4] of a closed path at the mean elevation and distance of the views.
 

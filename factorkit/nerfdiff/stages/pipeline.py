@@ -26,11 +26,13 @@ from factorkit.nerfdiff.held_out import (
     disparity_noise,
     forward_direction_check,
     held_out_checks,
+    shared_error_check,
+    shared_error_reason,
     to_fields,
 )
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import CameraModel
-from factorkit.nerfdiff.scene import require_poses
+from factorkit.nerfdiff.scene import Scene, require_poses
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.flip_test import best_rotations
 from factorkit.nerfdiff.stages.joint import JointTask
@@ -38,7 +40,7 @@ from factorkit.nerfdiff.stages.pose_search import FORWARD_COARSENESS, Dictionary
 from factorkit.nerfdiff.stages.refine import SceneFit
 from factorkit.nerfdiff.stages.stage_training import StageTraining
 from factorkit.nerfdiff.verdict import write_report
-from factorkit.report.content import log_checks
+from factorkit.report.content import Check, log_checks
 from factorkit.utils import distributed
 from factorkit.utils.errors import format_count
 from factorkit.utils.files import read_log, timeline
@@ -177,8 +179,7 @@ class Training(StageTraining):
     def measure_held_out(self, model: NerfdiffModel) -> tuple[HeldOutErrors | None, float | None, str]:
         """Cross-fit two small fields; return the errors, the disparity noise, and why errors are None."""
         config, count = self.config, len(self.scene.images)
-        poses = distributed.gather_rows(model.views)[0][:count]  # those of process 0
-        scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
+        poses, scene = self._final_cameras(model)
         steps = config.steps if config.poses == "predicted" and config.search == "joint" else config.field_steps
         if count < MIN_HELD_OUT_VIEWS:
             return None, None, f"since {format_count(count, 'view')}: fewer than {MIN_HELD_OUT_VIEWS}"
@@ -190,14 +191,28 @@ class Training(StageTraining):
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
         return self.cross_fit(f"cross {config.steps}", poses, scene), noise, ""
 
+    def check_shared_error(self, model: NerfdiffModel, errors: HeldOutErrors | None, reason: str) -> Check:
+        """Cross-fit two small fields with errors of the cameras that all share free, if there is need to."""
+        shared, (poses, scene) = None, self._final_cameras(model)
+        reason = shared_error_reason(self.scene.layout, model.field.unbounded, errors, reason)
+        if not reason:
+            shared = self.measure_shared_error(f"shared {self.config.steps}", poses, scene)
+        return shared_error_check(errors, shared, reason)
+
+    def _final_cameras(self, model: NerfdiffModel) -> tuple[Tensor, Scene]:
+        """Return the poses of process 0, and the scene with the focal length of a model."""
+        poses = distributed.gather_rows(model.views)[0][: len(self.scene.images)]
+        return poses, replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
+
     def log_held_out_checks(self, model: NerfdiffModel) -> None:
         """Add the checks on held-out views to the last alarms of the run, and log them again, once."""
         alarms: dict[str, Any] = (timeline(read_log(self.folder), "alarms") or [{}])[-1]
         if distributed.maximum(int("held_out_checked" in alarms)):
             return
         errors, noise, reason = self.measure_held_out(model)
+        shared = self.check_shared_error(model, errors, reason)
         if distributed.rank() == 0 and alarms:
-            checks = held_out_checks(self.scene.layout, errors, noise, reason, model.field.unbounded)
+            checks = [*held_out_checks(self.scene.layout, errors, noise, reason, model.field.unbounded), shared]
             if self.scene.layout == "forward":
                 checks.append(forward_direction_check(model.views))
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from factorkit.engine.run_folder import copy_folder
 from factorkit.engine.run_log import RunLog
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.cameras.poses import FreePoses
+from factorkit.nerfdiff.cameras.poses import FreePoses, SharedMotion
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
-from factorkit.nerfdiff.held_out import HeldOutErrors, compare_held_out
+from factorkit.nerfdiff.held_out import HeldOutErrors, SharedError, compare_held_out
 from factorkit.nerfdiff.scene import Scene, scale_focal
 from factorkit.nerfdiff.stages.flip_test import split_in_halves
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
@@ -31,7 +33,9 @@ HELD_OUT_STEPS = 100  # of the fresh fields of the flip test
 HELD_OUT_LEARNING_RATE = 0.08
 HELD_OUT_RESOLUTION = 20  # vertices along each side
 HELD_OUT_MAX_SAMPLES = 32  # along a ray
-CROSS_FIT = {"batch_size": 8, "rays_per_view": 256}  # of the fields of the held-out checks, whatever the run has
+# of the fields of the held-out checks, whatever the run has
+CROSS_FIT: dict[str, Any] = {"batch_size": 8, "rays_per_view": 256}
+SHARED_ERROR_RATE = 0.01  # learning rate of the pull, in radians, and of the logarithm of the focal length
 
 Flip = tuple[str, Tensor, Tensor]  # name, views that fit a field, views that choose by it
 
@@ -119,7 +123,7 @@ class StageTraining:
             scene.camera,
             scene.size,
             samples or config.samples_per_ray,
-            optimize_focal and "focal" in (config.optimize_camera or ()),
+            isinstance(poses, SharedMotion) or (optimize_focal and "focal" in (config.optimize_camera or ())),
         )
         changes = {
             "steps": config.field_steps,
@@ -133,7 +137,8 @@ class StageTraining:
         def build_task(stage: NerfdiffConfig) -> FitTask:
             return FitTask(stage, scene, model, views, preview_name, initial_coarseness, mask_weight)
 
-        return self._adopt_focal(self.train_stage(name, build_task, **changes))
+        fitted = self.train_stage(name, build_task, **changes)
+        return fitted if views is not None else self._adopt_focal(fitted)
 
     def _adopt_focal(self, fitted: Any) -> Any:
         """Make the focal length that a fit around an object found, and its distance, those of the run."""
@@ -149,14 +154,24 @@ class StageTraining:
 
     def cross_fit(self, name: str, poses: Tensor, scene: Scene) -> HeldOutErrors:
         """Return the errors of fields that were fitted to half of the views at poses [V, 4, 4], in both roles."""
-        fixed = FreePoses(poses).requires_grad_(False)
-        fields: list[Field] = []
-        halves: list[tuple[Tensor, Tensor]] = []
-        samples = 0
-        for half, fitting, held_out in self.both_halves(len(poses), 0):
-            fitted = self.fit_half(f"{name}{half}", 0, fixed, fitting, scene, **CROSS_FIT)
-            fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
-        return compare_held_out(fields, halves, scene, poses, samples)
+        return compare_held_out(*self._fit_halves(name, FreePoses(poses).requires_grad_(False), scene), scene)
+
+    def measure_shared_error(self, name: str, poses: Tensor, scene: Scene) -> SharedError:
+        """Return what cross-fits gain if errors that all cameras around an object may share are fitted too."""
+        fits, halves = self._fit_halves(name, SharedMotion(poses), scene, pose_learning_rate=SHARED_ERROR_RATE)
+        pull = torch.stack([fit.poses.pull.detach() for fit in fits]).norm(dim=1).mean().rad2deg()
+        focal = torch.stack([fit.log_focal.detach() for fit in fits]).mean().exp()
+        return SharedError(compare_held_out(fits, halves, scene).cross, float(pull), float(focal))
+
+    def _fit_halves(
+        self, name: str, poses: nn.Module, scene: Scene, **changes: Any
+    ) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
+        """Fit a small field, and a copy of the free parameters of the poses, to each half of the views."""
+        fits, halves = [], []
+        for half, fitting, held_out in self.both_halves(len(scene.images), 0):
+            fits.append(self.fit_half(f"{name}{half}", 0, deepcopy(poses), fitting, scene, **CROSS_FIT, **changes))
+            halves.append((fitting, held_out))
+        return fits, halves
 
     def both_halves(self, count: int, number: int) -> Iterator[Flip]:
         """Yield the two halves of the views in one round, in both roles."""
