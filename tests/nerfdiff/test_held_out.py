@@ -8,7 +8,17 @@ import torch.nn.functional as F
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.held_out import HeldOutErrors, forward_direction_check, held_out_checks
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.held_out import (
+    HeldOutErrors,
+    SharedError,
+    forward_direction_check,
+    held_out_checks,
+    shared_error_check,
+    shared_error_reason,
+)
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.nerfdiff.verdict import judge_cameras, write_report
 from factorkit.report.content import read_checks
@@ -127,3 +137,41 @@ def test_cameras_around_an_object_are_no_forward_facing_scene():
     assert around.status == "failed" and around.failures[0].startswith("layout: ") and around.value > 60
     side_by_side = forward_direction_check(forward_views("scene").poses)
     assert side_by_side.status == "passed" and side_by_side.value == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layout", "unbounded", "cross", "reason"),
+    [
+        ("object", False, 0.15, ""),
+        ("object", False, 0.03, "since the held-out error is at most 0.05"),
+        ("object", False, 0.3, "since the held-out error is beyond its limit already"),
+        ("object", True, 0.15, "since it is measured around objects only"),
+        ("forward", False, 0.15, "since it is measured around objects only"),
+        ("object", False, None, "since 3 views"),
+    ],
+)
+def test_shared_error_is_measured_only_where_it_can_name_something(layout, unbounded, cross, reason):
+    errors = None if cross is None else HeldOutErrors(cross, 0.2)
+    assert shared_error_reason(layout, unbounded, errors, "since 3 views") == reason
+    if reason:
+        assert shared_error_check(errors, None, reason).not_run == reason
+
+
+def test_shared_error_check_fails_where_freed_cameras_explain_held_out_views_better():
+    errors = HeldOutErrors(0.15, 0.2)
+    assert shared_error_check(errors, SharedError(0.14, 1.0, 1.05), "").status == "passed"
+    check = shared_error_check(errors, SharedError(0.08, 10.2, 1.05), "")
+    assert check.status == "failed" and "10 degrees nearer to one direction, with 1.05 times" in check.failures[0]
+
+
+@pytest.mark.slow
+def test_a_doubled_focal_length_is_named_by_cross_fits_with_freed_cameras(tmp_path):
+    views = make_procedural_views(24, SIZE, seed=1)
+    views.intrinsics[:, :2, :2] *= 2
+    config = preset_config(**{k: v for k, v in SMALL.items() if k != "progress"})
+    scene = open_scene(views, SIZE, torch.device("cpu"), False)
+    training = Training(config, scene, tmp_path, {"scene": {}}, progress=False)
+    errors = training.cross_fit("cross", scene.poses, scene)
+    shared = training.measure_shared_error("shared", scene.poses, scene)
+    assert shared_error_check(errors, shared, "").status == "failed" and shared.focal < 0.8
+    assert training.scene is scene, "a fit to half of the views does not change the focal length of the run"

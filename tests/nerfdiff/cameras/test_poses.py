@@ -11,6 +11,7 @@ from factorkit.nerfdiff.cameras.normalise import center_poses
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
+    SharedMotion,
     azimuth_degrees,
     direction_grid,
     direction_vectors,
@@ -113,6 +114,21 @@ def test_pose_parameters_start_at_the_given_poses_and_get_gradients():
     free = FreePoses(base)
     assert torch.allclose(free(), base)
     assert len(list(free.requires_grad_(False).parameters())) == 1 and torch.allclose(free(torch.tensor([4])), base[4:])
+
+
+def test_shared_motion_pulls_all_cameras_towards_one_direction_about_the_origin():
+    base = orbit_poses(F.normalize(torch.tensor([[1.0, 0.2, 0.0], [-0.5, 1.0, 0.0]]), dim=1), 3.0)
+    poses = SharedMotion(base)
+    assert torch.equal(poses(), base)
+    poses.pull.data = torch.tensor([0.0, 0.0, 0.2])  # up: cameras at the height of the origin rise by 0.2 rad
+    moved = poses()
+    assert rigid(moved) and torch.allclose(
+        moved[:, :3, 3],
+        3 * direction_vectors(azimuth_degrees(base[:, :3, 3]), torch.full((2,), 0.2).rad2deg()),
+        atol=1e-5,
+    )
+    assert torch.allclose(moved[:, :3, :3].mT @ moved[:, :3, 3:], base[:, :3, :3].mT @ base[:, :3, 3:], atol=1e-5)
+    assert torch.allclose(poses(torch.tensor([1])), moved[1:])
 
 
 def test_orbit_poses_angles_move_directions_over_the_zenith():
