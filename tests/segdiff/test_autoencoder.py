@@ -25,6 +25,7 @@ def images():
     return draw_flowers(24, 16, seed=0)[0]
 
 
+@pytest.mark.slow
 def test_train_autoencoder_resumed_is_bit_identical_and_other_settings_raise(tmp_path, images):
     factorkit.train_autoencoder(images, out=tmp_path / "whole", **TINY)
     factorkit.train_autoencoder(images, out=tmp_path / "parts", **{**TINY, "steps": 1})
@@ -75,6 +76,7 @@ def test_train_autoencoder_impossible_setting_raises(tmp_path, images, changes, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_autoencoder_interrupted_resumes_bit_identically(tmp_path, images, monkeypatch):
     factorkit.train_autoencoder(images, out=tmp_path / "whole", **TINY)
     loss, settings = AutoencoderTask.loss, {**TINY, "checkpoint_every": 100}
@@ -97,6 +99,7 @@ def test_train_autoencoder_too_few_images_raise(tmp_path, images):
         factorkit.train_autoencoder(images[:7], out=tmp_path / "run", **TINY)
 
 
+@pytest.mark.slow
 def test_commands_train_an_autoencoder_and_refuse_it_as_segdiff(tmp_path, images, capsys):
     np.save(tmp_path / "images.npy", images)
     options = ["--resolution", "16", "--model-channels", "8", "--steps", "2", "--device", "cpu", "--json"]
