@@ -368,10 +368,10 @@ def test_training_moves_gaussians_that_are_not_finite_to_visible_ones(tmp_path):
     scene = open_scene(make_procedural_views(6, 8), 8, torch.device("cpu"))
     field, config = make_field(40), preset_config("fast", resolution=8, steps=60, sample_every=0, threads=1)
     fit = SceneFit(field, FreePoses(scene.poses), scene.camera, scene.size, 1)
-    values = [(name, value) for name in RATES for value in (math.nan, math.inf)] + [("log_scales", 200.0)]  # e^200 is inf
+    values = [
         *((name, value) for name in RATES for value in (math.nan, math.inf)),
         ("log_scales", 200.0),
-    ]  # e^200 = inf
+    ]  # e^200 is infinite
 
     class Task(FitTask):
         def prepare(self, step):
