@@ -22,7 +22,7 @@ from factorkit.utils.errors import DataError
 IMAGE_CHANNELS = 3
 EPS = 1e-6  # of the format's norms
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # of a latent
-FIRST_LOG_VARIANCE = -6.0  # of latents with shortcuts: noise of .05, where images are in [-1, 1]
+FIRST_LOG_VARIANCE = -10.0  # of latents with shortcuts; more noise hides what the others learn, and KL empties them
 
 
 @dataclass(frozen=True, kw_only=True)

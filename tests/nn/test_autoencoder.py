@@ -68,7 +68,7 @@ def test_shortcuts_of_an_untrained_autoencoder_give_the_small_copy_and_that_copy
     assert AutoencoderSizes.from_shapes({k: v.shape for k, v in model.state_dict().items()}, 2) == sizes
     mean, log_variance = model.encode(images)
     torch.testing.assert_close(mean, torch.cat([small, torch.zeros(2, 1, 2, 3)], 1))
-    assert log_variance.unique().tolist() == [-6.0]
+    assert log_variance.unique().tolist() == [-10.0]
     torch.testing.assert_close(model.decode(mean), enlarge_copy(small, 4 * patch_size))
     model.decode(mean + torch.randn_like(mean)).square().sum().backward()
     assert model.decoder.conv_out.weight.grad.abs().max() > 0
