@@ -59,7 +59,8 @@ ROUND_TRIP = "round trip"  # the check's name
 MIN_GAIN = 1.0  # dB above it
 GOOD_ROUND_TRIP = 40.0  # dB; images so smooth leave little to gain
 MAX_GROWTH = 4  # of the channels of a level, as a multiple of the first
-DOWNSAMPLING = (4, 8)
+MIN_DOWNSAMPLING = 4
+DOWNSAMPLING = (MIN_DOWNSAMPLING, 8)
 
 #: changes to the settings that all models share: a small network, and minutes of a CPU
 SETTINGS: dict[str, Any] = {
@@ -89,8 +90,8 @@ class AutoencoderConfig(EngineConfig):
     latent_channels: int = 4
     """Channels of the latents. More keep more of the photo, and are harder to generate."""
     model_channels: int = 16
-    """Channels of the first level of the network, at the resolution of the photo. Each halving doubles them, up to four
-    times."""
+    """Channels of the first level of the network, at the resolution of the photo (half of it with downsample=8). Each
+    halving doubles them, up to four times."""
     num_res_blocks: int = 1
     """Residual blocks per level of the encoder. The decoder has one more."""
     norm_groups: int = 8
@@ -143,13 +144,15 @@ class AutoencoderConfig(EngineConfig):
     @property
     def sizes(self) -> AutoencoderSizes:
         """The sizes of the network."""
-        levels = range(int(math.log2(self.downsample)) + 1)
+        patch_size = self.downsample // MIN_DOWNSAMPLING  # a level of convolutions at all pixels took most of the time
+        levels = range(int(math.log2(self.downsample // patch_size)) + 1)
         return AutoencoderSizes(
             channels=tuple(self.model_channels * min(2**level, MAX_GROWTH) for level in levels),
             num_res_blocks=self.num_res_blocks,
             latent_channels=self.latent_channels,
             norm_groups=self.norm_groups,
             shortcuts=self.latent_channels >= IMAGE_CHANNELS,
+            patch_size=patch_size,
         )
 
     def counts(self) -> dict[str, int]:

@@ -60,7 +60,7 @@ from factorkit.utils.images import pixels_to_images
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
-FEW_LATENTS, USUAL_LATENTS = 16, 32  # a side
+FEW_LATENTS = 16  # a side
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
 
 
@@ -117,14 +117,14 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
-    given, autoencoder = settle_latents(preset_config(preset, **changes), folder)
+    given, autoencoder = settle_latents(preset, changes, folder)
     given, note = settle_regions(given, folder)
     config = given.resolved()
     if config.latent_channels and config.side < FEW_LATENTS:
-        wide = USUAL_LATENTS * config.latent_factor
+        wide = preset_config(preset).resolution * config.latent_factor
         note += (
             f"\nlatent=: photos of {config.resolution} pixels are {config.side} x {config.side} latents, which show "
-            f"little; with resolution={wide} they are {USUAL_LATENTS} x {USUAL_LATENTS}"
+            f"little; without resolution= photos of {wide} pixels are taken"
         )
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
@@ -190,11 +190,13 @@ def train_segdiff(
     return run
 
 
-def settle_latents(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, Autoencoder | None]:
+def settle_latents(preset: str, changes: dict[str, Any], folder: Path) -> tuple[SegdiffConfig, Autoencoder | None]:
     """Return the settings with the sizes of the latents, and the autoencoder of ``latent=``; None without one.
 
-    A run resumes with its copy if the autoencoder is no longer where it was.
+    The resolution of a preset is that of the latents, unless ``changes`` have one of the photos. A run resumes with its
+    copy of the autoencoder if that is no longer where it was.
     """
+    config = preset_config(preset, **changes)
     if config.latent_channels or config.latent_factor != 1:
         raise ConfigError(
             "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
@@ -206,8 +208,10 @@ def settle_latents(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, 
     else:
         autoencoder = open_autoencoder(config.latent)
     sizes = autoencoder.sizes
-    channels = {"latent_channels": sizes.latent_channels, "latent_factor": sizes.downsample}
-    return dataclasses.replace(config, **channels), autoencoder
+    latents = {"latent_channels": sizes.latent_channels, "latent_factor": sizes.downsample}
+    if "resolution" not in changes:
+        latents["resolution"] = config.resolution * sizes.downsample
+    return dataclasses.replace(config, **latents), autoencoder
 
 
 def encode_images(
@@ -349,7 +353,7 @@ def estimate(
         (the micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
-    given, _ = settle_latents(preset_config(preset, **changes), Path("."))
+    given, _ = settle_latents(preset, changes, Path("."))
     config = given.resolved()
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))

@@ -156,8 +156,8 @@ class JsonLines:
         _drop_half_line(self.path)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one line.
+    def append(self, record: dict[str, Any]) -> int:
+        """Write one line, and return its offset in bytes.
 
         Raises:
             ValueError: the record contains NaN or an infinity, which JSON cannot express.
@@ -167,7 +167,7 @@ class JsonLines:
             rest = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         except UnicodeEncodeError:  # a file name that is not UTF-8
             rest = json.dumps(record, allow_nan=False).encode() + b"\n"
-        start = self._file.tell()
+        start, size = self._file.tell(), len(rest)
         try:
             while rest:  # a disk that fills up accepts a part first and refuses only the next part
                 written = self._file.write(rest)
@@ -177,6 +177,7 @@ class JsonLines:
         except OSError:
             self._file.truncate(start)  # otherwise the next line would be joined to this half
             raise
+        return self._file.tell() - size  # another process may have appended a line before this one
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""

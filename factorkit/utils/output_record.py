@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from factorkit.utils.errors import WriteError, format_count
 from factorkit.utils.files import JsonLines, parse_line, read_lines, temporary_path
+from factorkit.utils.line_index import LineIndex
 
 RECORD_NAME = ".factorkit.jsonl"
 OUTPUT_FOLDER = {"folder": "output"}  # the line that marks a folder as factorkit's
@@ -57,7 +58,9 @@ class OutputRecord:
         self.folder, self.overwrite = Path(folder), overwrite
         self._inputs = inputs
         self._input_ids: set[tuple[int, int]] | None = None
-        self._files, self._stems = _read_record(self.folder)
+        self._index = LineIndex(self.folder / RECORD_NAME)  # by name of a file, and by ("stem", stem)
+        for offset, line in read_lines(self._index.path):
+            self._remember(offset, line)
         self._reserved: dict[str, str] = {}  # stems of this process
         self._mark = owns_folder and not (self.folder / RECORD_NAME).exists() and _is_empty(self.folder)
         self._lines: JsonLines | None = None
@@ -82,7 +85,7 @@ class OutputRecord:
         """
         for candidate in itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2))):
             key = candidate.casefold()  # some file systems ignore case
-            owner = self._reserved.get(key, self._stems.get(key))
+            owner = self._reserved.get(key) or self._find_owner(candidate)
             if owner is not None and owner != source and key not in self._reserved and is_same and is_same(owner):
                 self._append({"source": source, "stem": candidate, "files": {}})
                 owner = source
@@ -93,7 +96,8 @@ class OutputRecord:
 
     def source_of(self, name: str) -> str | None:
         """Return the input that the newest version of a file was written for; None if it is not recorded."""
-        return self._files[name][-1].source if name in self._files else None
+        versions = self._find_versions(name)
+        return versions[-1].source if versions else None
 
     def write(
         self, files: Mapping[str, Callable[[Path], object]], source: str, *, stem: str | None = None
@@ -183,9 +187,11 @@ class OutputRecord:
             return None
         version = self._written_version(name, status)
         if version is None:
-            reason = "was changed after factorkit wrote it" if name in self._files else "was not written by factorkit"
+            reason = (
+                "was changed after factorkit wrote it" if self._find_versions(name) else "was not written by factorkit"
+            )
         else:
-            owner = version.source if version.stem is None else self._stems[version.stem.casefold()]
+            owner = version.source if version.stem is None else self._find_owner(version.stem) or version.source
             if owner == source:
                 return None
             reason = f"was written for another input ({owner.partition(chr(10))[0]})"
@@ -201,7 +207,17 @@ class OutputRecord:
         return self._input_ids
 
     def _written_version(self, name: str, status: os.stat_result) -> RecordedFile | None:
-        return _find_version(self._files.get(name, ()), status)
+        return _find_version(self._find_versions(name), status)
+
+    def _find_versions(self, name: str) -> list[RecordedFile]:
+        """Return the recorded versions of a file, the newest last."""
+        return [v for line in self._index.lines(name) for key, v in _list_versions(line) if key == name]
+
+    def _find_owner(self, stem: str) -> str | None:
+        """Return the newest input that a stem was recorded for."""
+        lines = self._index.lines(("stem", stem.casefold()))
+        owners = [line["source"] for line in lines if str(line.get("stem")).casefold() == stem.casefold()]
+        return owners[-1] if owners else None
 
     def _open(self) -> JsonLines:
         if self._lines is None:
@@ -214,8 +230,15 @@ class OutputRecord:
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._lock:
-            self._open().append(line)
-            _remember(line, self._files, self._stems)
+            self._remember(self._open().append(line), line)
+
+    def _remember(self, offset: int, line: dict[str, Any]) -> None:
+        if not isinstance(line.get("source"), str) or not isinstance(line.get("files"), dict):
+            return
+        if isinstance(line.get("stem"), str):
+            self._index.add(("stem", line["stem"].casefold()), offset)
+        for name in line["files"]:
+            self._index.add(name, offset)
 
 
 def check_file(path: Path, source: str, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
@@ -320,40 +343,31 @@ class OutputFilter:
             return
         self._read.add(folder)
         if os.path.exists(os.path.join(folder, RECORD_NAME)):
-            for name, versions in _read_record(Path(folder))[0].items():
-                parent, _, base = name.rpartition("/")
-                self._versions.setdefault(os.path.join(folder, parent) if parent else folder, {})[base] = versions
+            for _, line in read_lines(Path(folder) / RECORD_NAME):
+                for name, version in _list_versions(line):
+                    parent, _, base = name.rpartition("/")
+                    names = self._versions.setdefault(os.path.join(folder, parent) if parent else folder, {})
+                    names.setdefault(base, []).append(version)
 
 
 def parse_record(data: bytes) -> tuple[bool, dict[str, set[int]]]:
     """Parse the record of a folder in an archive: whether the folder is factorkit's, and the sizes of its files."""
-    files: dict[str, list[RecordedFile]] = {}
+    sizes: dict[str, set[int]] = {}
     lines = [line for line in map(parse_line, data.splitlines()) if line is not None]
     for line in lines:
-        _remember(line, files, {})
-    is_output = any(line.get("folder") == OUTPUT_FOLDER["folder"] for line in lines)
-    return is_output, {name: {version.size for version in versions} for name, versions in files.items()}
+        for name, version in _list_versions(line):
+            sizes.setdefault(name, set()).add(version.size)
+    return any(line.get("folder") == OUTPUT_FOLDER["folder"] for line in lines), sizes
 
 
-def _read_record(folder: Path) -> tuple[dict[str, list[RecordedFile]], dict[str, str]]:
-    """Return the versions of each recorded file, the newest last, and the input of each stem."""
-    files: dict[str, list[RecordedFile]] = {}
-    stems: dict[str, str] = {}
-    for _, line in read_lines(folder / RECORD_NAME):
-        _remember(line, files, stems)
-    return files, stems
-
-
-def _remember(line: dict[str, Any], files: dict[str, list[RecordedFile]], stems: dict[str, str]) -> None:
+def _list_versions(line: dict[str, Any]) -> Iterator[tuple[str, RecordedFile]]:
+    """Yield name and version of each file in a line of a record."""
     source, stem, versions = line.get("source"), line.get("stem"), line.get("files")
     if not isinstance(source, str) or not isinstance(versions, dict):
         return
-    stem = stem if isinstance(stem, str) else None
-    if stem is not None:
-        stems[stem.casefold()] = source
     for name, version in versions.items():
         if isinstance(version, list) and len(version) == 2:
-            files.setdefault(name, []).append(RecordedFile(version[0], version[1], source, stem))
+            yield name, RecordedFile(version[0], version[1], source, stem if isinstance(stem, str) else None)
 
 
 def _find_version(versions: Iterable[RecordedFile], status: os.stat_result) -> RecordedFile | None:

@@ -59,15 +59,16 @@ def test_encode_sides_that_the_factor_does_not_divide_raise():
         Autoencoder(SIZES).encode(torch.zeros(1, 3, 8, 10))
 
 
-@pytest.mark.parametrize("quant_conv", [False, True])
-def test_shortcuts_of_an_untrained_autoencoder_give_the_small_copy_and_that_copy_enlarged(quant_conv):
-    sizes = AutoencoderSizes(**{**vars(SIZES), "latent_channels": 4, "shortcuts": True, "quant_conv": quant_conv})
-    images = torch.rand(2, 3, 8, 12)
-    model, small = Autoencoder(sizes), small_copy(images, 4)
+@pytest.mark.parametrize(("quant_conv", "patch_size"), [(False, 1), (True, 1), (True, 2)])
+def test_shortcuts_of_an_untrained_autoencoder_give_the_small_copy_and_that_copy_enlarged(quant_conv, patch_size):
+    changes = {"latent_channels": 4, "shortcuts": True, "quant_conv": quant_conv, "patch_size": patch_size}
+    sizes = AutoencoderSizes(**{**vars(SIZES), **changes})
+    images = torch.rand(2, 3, 8 * patch_size, 12 * patch_size)
+    model, small = Autoencoder(sizes), small_copy(images, 4 * patch_size)
     assert AutoencoderSizes.from_shapes({k: v.shape for k, v in model.state_dict().items()}, 2) == sizes
     mean, log_variance = model.encode(images)
     torch.testing.assert_close(mean, torch.cat([small, torch.zeros(2, 1, 2, 3)], 1))
-    assert log_variance.unique().tolist() == [-6.0]
-    torch.testing.assert_close(model.decode(mean), enlarge_copy(small, 4))
+    assert log_variance.unique().tolist() == [-10.0]
+    torch.testing.assert_close(model.decode(mean), enlarge_copy(small, 4 * patch_size))
     model.decode(mean + torch.randn_like(mean)).square().sum().backward()
     assert model.decoder.conv_out.weight.grad.abs().max() > 0

@@ -12,7 +12,7 @@ import pytest
 import factorkit
 from factorkit.cli.main import main
 from factorkit.data import draw_flowers
-from factorkit.segdiff.autoencoder import AutoencoderTask, check_round_trip
+from factorkit.segdiff.autoencoder import AutoencoderConfig, AutoencoderTask, check_round_trip
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log, timeline
 from tests.engine.trained import assert_identical, final_state
@@ -73,6 +73,12 @@ def test_train_autoencoder_impossible_setting_raises(tmp_path, images, changes, 
     with pytest.raises(ConfigError, match=message):
         factorkit.train_autoencoder(images, out=tmp_path / "run", **{**TINY, **changes})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("downsample", [4, 8])
+def test_config_sizes_have_the_factor_and_three_levels(downsample):
+    sizes = AutoencoderConfig(downsample=downsample).sizes
+    assert sizes.downsample == downsample and len(sizes.channels) == 3
 
 
 def test_train_autoencoder_interrupted_resumes_bit_identically(tmp_path, images, monkeypatch):

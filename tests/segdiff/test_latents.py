@@ -23,6 +23,7 @@ from factorkit.segdiff.inference.segment import lift_masks
 from factorkit.segdiff.latents import LatentSpace, open_autoencoder
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import MaskNetwork, resize
+from factorkit.segdiff.train import settle_latents
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
@@ -246,8 +247,16 @@ def test_train_latent_impossible_settings_raise(tmp_path, images, changes, messa
 def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
     settings = {**RUN, "progress": True, "steps": 1, "masks": "network"}
     factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(write_format(tmp_path / "ae")), **settings)
-    expected = "photos of 32 pixels are 8 x 8 latents, which show little; with resolution=128 they are 32 x 32"
+    expected = "photos of 32 pixels are 8 x 8 latents, which show little; without resolution= photos of 128 pixels are"
     assert expected in capsys.readouterr().err
+
+
+def test_settle_latents_without_a_resolution_gives_the_latents_that_of_the_preset(tmp_path):
+    changes = {"latent": str(write_format(tmp_path / "autoencoder"))}
+    for preset, side in (("fast32", 32), ("fast64", 64)):
+        config = settle_latents(preset, changes, tmp_path)[0].resolved()
+        assert (config.resolution, config.side) == (4 * side, side)
+    assert settle_latents("fast64", {**changes, "resolution": 128}, tmp_path)[0].resolved().side == 32
 
 
 def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):

@@ -24,7 +24,7 @@ from factorkit.utils.rng import BatchDraw
 ADAM_BETAS = (0.9, 0.99)  # few rays pass a cell in each step, so long averages would be of an outdated scene
 SHARPENING_SHARE = 0.6  # of the steps, after which nothing is blurred any more
 IMAGE_BLUR = 0.094  # standard deviation at full coarseness, in units of the longer side
-MASK_TOLERANCE = 0.5  # difference of opacity about which a pixel's mask begins to count as wrong
+MASK_TOLERANCE = 0.25  # squared difference of opacity about which a pixel's mask begins to count as wrong
 UPDATE_EVERY = 10  # steps between changes of the blur, and between assignments of the search
 
 
@@ -99,18 +99,15 @@ def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered:
     return variation + config.opacity_weight * rendered.opacity.mean(1)
 
 
-def silhouette_error(opacity: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the mean robust difference [B] of opacities and masks [B, R] (Geman and McClure 1985).
-
-    Wrong masks pull less, the further off they are.
+def robust_error(squared: Tensor, tolerance: float | Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean [B] of squared differences [B, R] that count less, the larger they are (Geman and McClure 1985).
 
     Args:
-        opacity: rendered.
-        masks: in [0, 1].
+        squared: differences of rays.
+        tolerance: squared difference that counts half.
         weights: [B, R]; None: all 1.
     """
-    squared = (opacity - masks).square()
-    robust = squared / (1 + squared / MASK_TOLERANCE**2)
+    robust = squared / (1 + squared / tolerance)
     return robust.mean(1) if weights is None else (robust * weights).sum(1) / weights.sum(1).clamp_min(MIN_WEIGHT)
 
 
@@ -121,7 +118,8 @@ class FitTask:
         views: indices of the views to fit; None: all.
         preview_name: part of the file names of previews; None: no previews.
         initial_coarseness: blur of field and views at the start, 0 (none) to 1: for poses that are far off.
-        mask_weight: weight of the silhouettes beside the photometric error, where the views have masks.
+        mask_weight: weight of the silhouettes beside the photometric error, where the views have masks. Masks may be
+            wrong, and show what does not move with the object: then colours count robustly too.
 
     Attributes:
         target_images: the views [V, 3, H, W], blurred as far as the step requires.
@@ -143,6 +141,8 @@ class FitTask:
         self.config, self.scene, self.model = config, scene, model
         self.preview_name, self.initial_coarseness = preview_name, initial_coarseness
         self.mask_weight = mask_weight if scene.masks is not None else 0.0
+        # where an error is as large as the differences of the views, a pixel tells little about its camera
+        self.color_tolerance = (scene.images - scene.images.mean(0)).square().mean() if self.mask_weight else None
         self.capturable = model.field.capturable
         self._blur = 0.0  # of the targets, in pixels
         # copies where they will be blurred
@@ -187,12 +187,15 @@ class FitTask:
         rendered = model(rows, pixels, step, first_ray, **self.pose_options(draw))
         scored = self.scene.loss_masks
         weights = None if scored is None else gather_pixels(scored[rows.to(scored.device)], pixels)
-        error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)
-        objective = error + regularisation(self.config, self.scene, self.model.field, rendered)
-        if self.target_masks is not None:
+        colors = gather_pixels(images, pixels)
+        objective = error = mean_squared_error(rendered.color, colors, (1, 2), weights)
+        if self.target_masks is not None and self.color_tolerance is not None:
             masks = gather_pixels(self.target_masks[rows.to(self.scene.images.device)], pixels)[..., 0]
             counted = None if weights is None else weights[..., 0]
-            objective = objective + self.mask_weight * silhouette_error(rendered.opacity, masks, counted)
+            objective = robust_error((rendered.color - colors).square().mean(-1), self.color_tolerance, counted)
+            silhouettes = robust_error((rendered.opacity - masks).square(), MASK_TOLERANCE, counted)
+            objective = objective + self.mask_weight * silhouettes
+        objective = objective + regularisation(self.config, self.scene, self.model.field, rendered)
         return StepLoss(objective, error, torch.zeros_like(error), {})
 
     def coarseness_at(self, step: int) -> float:

