@@ -247,6 +247,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(run, tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, dtype):
