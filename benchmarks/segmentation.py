@@ -61,13 +61,11 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     import torch
 
     import factorkit
-    from factorkit.segdiff.config import preset_config
     from factorkit.segdiff.train import settle_latents
 
     if args.latent:
         changes = {**changes, "latent": str(args.latent)}
-    given = preset_config(**{"preset": args.preset, "form": args.form, **changes})
-    config = settle_latents(given, Path())[0].resolved()
+    config = settle_latents(args.preset, {"form": args.form, **changes}, Path())[0].resolved()
     masks = config.masks
     settings = {"preset": args.preset, "form": args.form, **changes, "masks": masks}
     if masks == "network":

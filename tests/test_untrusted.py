@@ -85,6 +85,7 @@ def test_scan_unsafe_line_is_reported(line):
     assert len(find_unsafe_calls(line)) == 1
 
 
+@pytest.mark.slow
 def test_package_source_has_no_unsafe_calls():
     kernels = Path(factorkit.__path__[0]) if (PACKAGE / "kernels").is_dir() else PACKAGE.parent / "kernels"
     files = sorted({*PACKAGE.rglob("*.py"), *kernels.rglob("*.py")})

@@ -17,6 +17,7 @@ def test_app_without_gradio_says_what_to_install_before_it_trains(photos, run_re
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_app_refuses_a_region_that_the_run_lacks(run, run_refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
     assert "regions 0 to 1" in run_refused("app", run, "--region", 2)

@@ -44,6 +44,7 @@ def test_ls_lists_all_and_marks_best(run_of_four, run_json, run_cli):
     assert [line.split("  ")[-1] for line in text.splitlines()][2] == "best" and text.count("MiB") == 5
 
 
+@pytest.mark.slow
 def test_verify_reads_all_and_names_damaged(run_of_four, run_json, run_refused):
     assert len(run_json("checkpoint", "verify", run_of_four)["whole"]) == 5
     damage(run_of_four / NAMES[1])

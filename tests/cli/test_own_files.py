@@ -34,6 +34,7 @@ def words_of(command, run, image):
     }[command]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "name"),
     [
@@ -68,6 +69,7 @@ def test_generate_with_other_seed_keeps_earlier_images(run, run_cli, run_json, t
     assert (tmp_path / "out" / "generated_0000.png").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_commands_on_one_image_share_a_folder_without_loss(run, run_json, image, tmp_path):
     out = tmp_path / "out"
     contents: dict[str, str] = {}
@@ -84,6 +86,7 @@ def test_commands_on_one_image_share_a_folder_without_loss(run, run_json, image,
         contents = found
 
 
+@pytest.mark.slow
 def test_checkpoint_export_keeps_file_of_the_user(run, run_cli, run_json, tmp_path):
     words = ["checkpoint", "export", run, "--out", tmp_path / "a.safetensors"]
     (tmp_path / "a.safetensors").write_text("mine")

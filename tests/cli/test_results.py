@@ -55,6 +55,7 @@ def test_segment_writes_images_at_own_size(run, run_json, tmp_path):
     assert Image.open(out / "x.png_overlay.png").size == (9, 33)
 
 
+@pytest.mark.slow
 def test_segment_ignores_earlier_results(run, run_json, run_refused, photos, tmp_path):
     image = tmp_path / "photo.png"
     image.write_bytes((photos / "images/00.png").read_bytes())
@@ -70,6 +71,7 @@ def test_output_names_are_distinct_and_below_output_folder():
     assert names[:2] == ["x", "x.png"] and names[4:6] == ["up", "etc/root"]
 
 
+@pytest.mark.slow
 def test_segment_zip_and_duplicate_paths(run, photos, run_json, tmp_path):
     images = sorted((photos / "images").iterdir())[:2]
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -81,6 +83,7 @@ def test_segment_zip_and_duplicate_paths(run, photos, run_json, tmp_path):
     assert len(list((tmp_path / "b").glob("*_labels.png"))) == 2
 
 
+@pytest.mark.slow
 def test_overview_shows_only_first_images(run, photos, run_json, monkeypatch, tmp_path):
     monkeypatch.setattr("factorkit.segdiff.inference.folder.OVERVIEW_IMAGES", 2)
     run_json("segment", run, photos / "images", "--out", tmp_path)
@@ -88,6 +91,7 @@ def test_overview_shows_only_first_images(run, photos, run_json, monkeypatch, tm
     assert 2 * 120 <= height < 3 * 120
 
 
+@pytest.mark.slow
 def test_segment_unusable_input_is_refused(run, run_refused, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
@@ -169,6 +173,7 @@ def test_evaluate_prints_table_and_stores_scores(run, photos, run_cli, run_json,
     assert "num_fit_images=24" in run_refused(*command[:-1], 24)
 
 
+@pytest.mark.slow
 def test_evaluate_ignore_value_is_not_scored(run, photos, run_json, tmp_path):
     """If every object pixel is ignored, there is no foreground, and the all-foreground predictor scores 0."""
     for path in (photos / "masks").iterdir():

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_segment_options_apply_and_second_call_continues(run, photos, run_json, run_cli, tmp_path):
     words = ("segment", run, photos / "images", "--out", tmp_path, "--formats", "labels", "coco", "--size", 24)
     result = run_json(*words, "--upsample", "bilinear", "--workers", 1)
@@ -19,6 +20,7 @@ def test_segment_options_apply_and_second_call_continues(run, photos, run_json, 
     assert code == 0 and "24 segmented, 24 of them before" in out and "annotations: " in out
 
 
+@pytest.mark.slow
 def test_segment_bad_option_or_full_disk_has_no_traceback(run, photos, run_cli, run_refused, monkeypatch, tmp_path):
     words = ("segment", run, photos / "images", "--out", tmp_path / "out")
     assert "size=0" in run_refused(*words, "--size", 0)

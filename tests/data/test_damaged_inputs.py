@@ -66,6 +66,7 @@ def png_claiming(width: int, height: int) -> bytes:
 # --- archives ---
 
 
+@pytest.mark.slow
 def test_zip_bomb_declared_size_is_refused(tmp_path, save, monkeypatch):
     monkeypatch.setattr("factorkit.data.sources.MAX_ENCODED_BYTES", 2**20)
     save(tmp_path / "good.png")

@@ -56,6 +56,7 @@ def test_ddpm_unit_gaussian_keeps_its_variance():
     assert result.images.var().item() == pytest.approx(model.schedule.alpha_bars[0].item(), abs=0.01)
 
 
+@pytest.mark.slow
 def test_ddpm_gaussian_data_has_its_moments():
     images = draw(Gaussian(Schedule(400), 0.3, 0.2), seed=2).images
     assert moments(images) == pytest.approx((0.3, 0.2), abs=0.01)

@@ -29,6 +29,7 @@ def masks():
     return rng.random((6, 9, 7)) < 0.4, foreground, valid
 
 
+@pytest.mark.slow
 def test_score_masks_per_image_equals_torchmetrics(masks):
     from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
 

@@ -21,6 +21,7 @@ def unfinished_run(finished, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_load_partial_run_returns_the_newest_stage(unfinished_run, finished):
     for stage in ("refine again", "refine", "search"):
         if not (unfinished_run / "stages" / stage).exists():

@@ -75,6 +75,7 @@ def test_check_epipolar_right_cameras_explain_nearly_all_matches():
     assert "of the points matched in 6 of 6 pairs" in check.message
 
 
+@pytest.mark.slow
 def test_check_epipolar_turned_cameras_are_named():
     poses = make_poses()
     shares = [check_epipolar(make_views(poses), turn(poses, degrees)).share for degrees in (2, 10)]
@@ -89,6 +90,7 @@ def test_check_epipolar_one_wrong_camera_is_first_in_the_list():
     assert check.pairs[0]["share"] < 0.5 < check.pairs[-1]["share"]
 
 
+@pytest.mark.slow
 def test_check_epipolar_lens_distortion_is_removed_first():
     views = make_views(make_poses(), lens=LENS)
     ignored = check_epipolar([view._replace(distortion=None) for view in views], make_poses())

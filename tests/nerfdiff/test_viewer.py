@@ -62,6 +62,7 @@ def test_fov_and_aspect_match_the_intrinsics():
     assert fov == pytest.approx(2 * math.atan(0.5)) and aspect == pytest.approx((16 / 20) / (10 / 10))
 
 
+@pytest.mark.slow
 def test_render_viewpoint_equals_the_image_of_that_camera():
     from factorkit.data.procedural.scene import make_scene_field
 

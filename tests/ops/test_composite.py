@@ -343,6 +343,7 @@ def test_reference_can_be_forced(monkeypatch):
     torch.testing.assert_close(tuple(got), tuple(want))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error", "ignore:Guards may run slower on Python 3.13.0")  # that one is torch's of Python
 def test_compiles_into_one_graph():
     torch.manual_seed(14)

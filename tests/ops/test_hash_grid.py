@@ -77,6 +77,7 @@ def test_equals_its_definition(dims, quintic):
         torch.testing.assert_close(ops.hash_grid(x, table, RESOLUTIONS, interpolation=interpolation), plain)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a loaded machine
 @given(
     dims=st.sampled_from([2, 3, 4]),
@@ -100,15 +101,15 @@ def test_compiled_hash_grid_matches_reference(dims, features, points, threads, q
         for upstream in (*upstreams, torch.ones((), dtype=dtype).expand_as(got)):
             found = torch.autograd.grad(got, given_, upstream, retain_graph=True)
             wanted = torch.autograd.grad(want, exact, upstream.double(), retain_graph=True)
-            for f, w in zip(found, wanted, strict=True):
-                close(f, w)
+            for f, w, scale in zip(found, wanted, [max(RESOLUTIONS), 1, 1], strict=True):
+                close(f, w, scale)
 
 
-def close(got, want):
-    """Every element to within rounding of the largest one."""
+def close(got, want, scale=1):
+    """Every element to within rounding of the largest one, or of summands of this size where the sum nearly cancels."""
     assert got.shape == want.shape and not got.isnan().any()
     if got.numel():
-        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=scale)
         assert error < (3e-5 if got.dtype == torch.float32 else 1e-12), error
 
 
@@ -126,6 +127,7 @@ def test_hash_grid_equal_for_any_thread_count(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(threads), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dims", "features", "quintic"), [(2, 2, False), (3, 1, True), (4, 1, False)])
 def test_gradcheck_of_first_and_second_order(dims, features, quintic):
     x, table, weights = problem(dims, features, points=2, rows=8)
@@ -147,6 +149,7 @@ def test_gradient_of_a_normal_reaches_the_table():
         close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dims", [2, 3, 4])
 def test_opcheck(dims, dtype):

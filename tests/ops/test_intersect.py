@@ -74,6 +74,7 @@ def test_single_precision_rays_from_far_away_meet_the_box_as_in_double_precision
         assert torch.equal(near, want[0].float()) and torch.equal(far, want[1].float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rays_along_every_face_and_edge_have_the_length_of_the_box(dtype):
     torch.manual_seed(4)

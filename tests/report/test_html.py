@@ -143,6 +143,7 @@ def test_write_report_has_curves_for_both_colour_schemes(complete):
     assert "prefers-color-scheme: dark" in complete.source
 
 
+@pytest.mark.slow
 def test_write_report_empty_folder_names_what_is_missing(tmp_path):
     page = Page(write_report(tmp_path))
     assert [h for h in page.headings if h in SECTIONS] == SECTIONS
@@ -205,6 +206,7 @@ def test_write_report_hostile_names_are_escaped(tmp_path):
     assert page.addresses and all(a.startswith("data:") for a in page.addresses)
 
 
+@pytest.mark.slow
 def test_write_report_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     path = write_report(tmp_path)
     before = path.read_bytes()
@@ -224,6 +226,7 @@ def test_write_report_missing_folder_is_named(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_draw_curves_follow_the_theme_on_a_transparent_background():
     log = [{"event": "step", "step": s, "loss": 1 / s, "areas": [0.2, 0.8]} for s in (1, 2, 3)]
     light, dark = draw_curves(log, LIGHT, REPORT), draw_curves(log, DARK, REPORT)

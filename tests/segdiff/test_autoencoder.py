@@ -25,6 +25,7 @@ def images():
     return draw_flowers(24, 16, seed=0)[0]
 
 
+@pytest.mark.slow
 def test_train_autoencoder_resumed_is_bit_identical_and_other_settings_raise(tmp_path, images):
     factorkit.train_autoencoder(images, out=tmp_path / "whole", **TINY)
     factorkit.train_autoencoder(images, out=tmp_path / "parts", **{**TINY, "steps": 1})
@@ -81,6 +82,7 @@ def test_config_sizes_have_the_factor_and_three_levels(downsample):
     assert sizes.downsample == downsample and len(sizes.channels) == 3
 
 
+@pytest.mark.slow
 def test_train_autoencoder_interrupted_resumes_bit_identically(tmp_path, images, monkeypatch):
     factorkit.train_autoencoder(images, out=tmp_path / "whole", **TINY)
     loss, settings = AutoencoderTask.loss, {**TINY, "checkpoint_every": 100}
@@ -103,6 +105,7 @@ def test_train_autoencoder_too_few_images_raise(tmp_path, images):
         factorkit.train_autoencoder(images[:7], out=tmp_path / "run", **TINY)
 
 
+@pytest.mark.slow
 def test_commands_train_an_autoencoder_and_refuse_it_as_segdiff(tmp_path, images, capsys):
     np.save(tmp_path / "images.npy", images)
     options = ["--resolution", "16", "--model-channels", "8", "--steps", "2", "--device", "cpu", "--json"]

@@ -41,6 +41,7 @@ def make_images(count=12):
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["auto", "mixture", "network"])
 def test_uvit_run_trains_segments_generates_edits_and_reloads(tmp_path, masks):
     run = factorkit.train_segdiff(
@@ -126,6 +127,7 @@ def test_preset_of_another_backbone_keeps_its_training_and_takes_the_sizes():
     assert back.make_backbone() == preset_config("fast32").resolved().make_backbone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "counts"), COUNTS.items())
 def test_parameters_and_multiply_adds_of_presets_are_those_of_the_docs(preset, counts):
     config = preset_config(preset, masks="network").resolved()

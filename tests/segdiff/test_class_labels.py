@@ -165,6 +165,7 @@ def test_training_labels_equal_the_images_or_are_dropped():
     assert torch.equal(labels_drawn, draw_labels(task, 3)[1]) and not torch.equal(labels_drawn, draw_labels(task, 4)[1])
 
 
+@pytest.mark.slow
 def test_train_with_classes_stores_names_and_trains_embeddings():
     run = train_tiny()
     assert run.config.class_names == tuple(NAMES)
@@ -192,6 +193,7 @@ def test_train_resumed_with_same_labels_is_exact_and_with_others_raises():
         assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_generate_class_without_classes_raises():
     run = train_tiny(classes=None)
     assert run.config.class_names == () and run.generate(1, steps=1).classes is None
@@ -254,6 +256,7 @@ def test_select_labels_invalid_request_raises(classes, guidance, message):
         select_labels(classes, NAMES, 2, guidance)
 
 
+@pytest.mark.slow
 def test_generate_with_classes_returns_and_depends_on_them():
     run = train_tiny(learning_rate=0.1, label_dropout=0.0)
     drawn = run.generate(4, classes=["rose", None], steps=2)

@@ -126,6 +126,7 @@ def test_measure_noise_in_detail_is_that_of_noise_whatever_its_amount(photos):
     assert measure_noise_in_detail(noise, 2 * noise.roll(1, 0))[1] > 0.82  # photos of noise: no limit within chance
 
 
+@pytest.mark.slow
 def test_score_drawn_noise_that_a_decoder_made_smooth_is_found_at_the_size_of_the_latents(photos):
     large, smooth = (
         torch.nn.functional.interpolate(images, 128, mode="bicubic").clamp(0, 1)
@@ -203,6 +204,7 @@ def test_judge_drawn_images_of_a_run_without_the_structure_measures_once(make_ra
     assert len(failures) == 3 and failures[1].startswith(GRAIN)
 
 
+@pytest.mark.slow
 def test_evaluate_generation_scores_images_and_masks(make_random_run, monkeypatch, tmp_path):
     """With photos for drawn images it finds photos; masks that were drawn with are those that it segments."""
     run = make_random_run()

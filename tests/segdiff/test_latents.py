@@ -140,6 +140,7 @@ def test_latent_run_segments_generates_and_edits_at_the_size_of_the_photo(traine
     assert trained.branches(images[:2]).branches.shape == (2, 2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_latent_run_exported_and_its_checkpoints_hold_the_autoencoder(trained, images, tmp_path):
     labels = trained.segment(images[:2]).labels
     exported = factorkit.load(trained.save(tmp_path / "model.safetensors"), device="cpu")
@@ -152,6 +153,7 @@ def test_latent_run_exported_and_its_checkpoints_hold_the_autoencoder(trained, i
         factorkit.load(moved, device="cpu")
 
 
+@pytest.mark.slow
 def test_latent_run_resumed_without_its_autoencoder_is_bit_identical(tmp_path, images):
     autoencoder = write_format(tmp_path / "autoencoder")
     for out, steps in (("whole", 3), ("parts", 1)):
@@ -244,6 +246,7 @@ def test_train_latent_impossible_settings_raise(tmp_path, images, changes, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
     settings = {**RUN, "progress": True, "steps": 1, "masks": "network"}
     factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(write_format(tmp_path / "ae")), **settings)
@@ -259,6 +262,7 @@ def test_settle_latents_without_a_resolution_gives_the_latents_that_of_the_prese
     assert settle_latents("fast64", {**changes, "resolution": 128}, tmp_path)[0].resolved().side == 32
 
 
+@pytest.mark.slow
 def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
     np.save(tmp_path / "images.npy", images[:2])
     photos, run = str(tmp_path / "images.npy"), str(trained.folder)

@@ -109,6 +109,7 @@ def test_unshared_decoders_with_equal_weights_equal_the_shared_one(build_tiny, m
     torch.testing.assert_close(apart(x, t).prediction, model(x, t).prediction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [*DECODINGS, "one region"])
 @pytest.mark.parametrize("form", ["thesis", "regional", "uvit"])
 def test_every_parameter_after_some_steps_has_a_gradient(make_batch, decoding, form):
@@ -271,6 +272,7 @@ def test_parameter_counts_of_presets_equal_the_thesis(preset, regions, millions)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_forward_has_their_resolution(preset):
     config = preset_config(preset).resolved()

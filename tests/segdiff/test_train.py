@@ -102,6 +102,7 @@ def test_train_without_data_uses_procedural_flowers_and_scores(monkeypatch):
     assert sorted(p.name for p in Path("out/samples").iterdir()) == ["000004_generated.png", "000004_segmentation.png"]
 
 
+@pytest.mark.slow
 def test_train_array_writes_to_the_default_folder():
     run = train_tiny(draw_flowers(6, 8)[0])
     assert run.folder == Path("runs/demo") and run.scores is None
@@ -121,6 +122,7 @@ def test_train_folder_with_masks_scores_held_out_images(photos):
     assert scores["baselines"] == {"for": 5} and run.scores == scores
 
 
+@pytest.mark.slow
 def test_train_unlabelled_folder_skips_broken_images(photos):
     (photos / "images" / "deep").mkdir()
     (photos / "images" / "deep" / "broken.jpg").write_bytes(b"not an image")
@@ -144,6 +146,7 @@ def test_train_without_readable_images_raises_and_leaves_no_folder(tmp_path, ima
 # --- repeated calls ---
 
 
+@pytest.mark.slow
 def test_train_repeated_call_trains_and_scores_nothing(photos, monkeypatch):
     first = train_tiny(photos, out="out", holdout=5)
     before, log = read_weights("out"), read_event_names("out")
@@ -206,6 +209,7 @@ def test_train_folder_of_another_run_raises_with_the_differences(changes, messag
         train_tiny(images, out="out", steps=1, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False])
 def test_train_run_of_the_former_default_resumes_with_the_masks_of_the_network(recorded, capsys):
     images = draw_flowers(6, 8)[0]
@@ -274,6 +278,7 @@ def test_train_every_form_and_ablation_can_be_loaded(changes, photos):
     assert any(not torch.equal(moved[f"model.{k}"], v) for k, v in fresh.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_train_too_few_labels_warns_and_keeps_the_run(photos):
     with pytest.warns(UserWarning, match="could not be scored.*at least 2"):
         run = train_tiny(photos, out="out", holdout=1)
@@ -331,6 +336,7 @@ def test_seed_trials_best_trial_is_continued_exactly(monkeypatch):
     assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_seed_trials_of_a_mixture_are_ranked_by_unexplained_noise(monkeypatch):
     alarms = {0: 0.25, 1: 0.21, 2: 0.22}
     monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *args, **settings: HEALTHY)
@@ -344,6 +350,7 @@ def test_seed_trials_of_a_mixture_are_ranked_by_unexplained_noise(monkeypatch):
     assert [event.get("error") for event in restarts] == [0.25, 0.21, 0.22, None]
 
 
+@pytest.mark.slow
 def test_seed_trials_all_failed_is_logged(monkeypatch):
     set_alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
     assert train_tiny(draw_flowers(6, 8)[0], out="out", seed_trials=2).config.seed == 1

@@ -36,6 +36,7 @@ def run_step(model, x, t):
     return prediction.detach(), regions.masks.detach(), {n: p.grad for n, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", ["masked_skips", "masked_mid", "unshared"])
 @pytest.mark.parametrize("form", [{}, REGIONAL, {**REGIONAL, "backbone": "uvit"}])
 def test_step_with_checkpointed_branches_is_equal(build_tiny, make_batch, decoding, form):
@@ -50,6 +51,7 @@ def test_step_with_checkpointed_branches_is_equal(build_tiny, make_batch, decodi
         torch.testing.assert_close(result[name], grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_dropout_of_a_recomputed_branch_is_the_same(build_tiny, make_batch, monkeypatch, on_cuda):
     """A new dropout mask would make the gradient differ from that of the loss; on CUDA no random state is saved."""

@@ -39,6 +39,7 @@ class NetworkMasks(MaskProposer):
     def forward(
         self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
     ) -> MaskProposal:
+        """Decode the encoding to masks; x_t and t are in it already."""
         assert encoding is not None
         skips = encoding.skips[self.skips_left_out :]
         logits = at_least_fp32(self.decoder(encoding.middle, skips, encoding.embedding))
@@ -47,6 +48,7 @@ class NetworkMasks(MaskProposer):
         return MaskProposal(logits if self.norm is None else self.norm(logits, within))
 
     def mask_parameters(self) -> list[nn.Parameter]:
+        """Return the decoder's parameters; the gain of the norm learns at the usual rate."""
         return list(self.decoder.parameters())
 
 

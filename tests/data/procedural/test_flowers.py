@@ -23,6 +23,7 @@ def test_draw_flowers_returns_uint8_and_bool():
     assert draw_flowers(0, 24)[0].shape == (0, 24, 24, 3)
 
 
+@pytest.mark.slow
 def test_draw_flowers_statistics_match_reference():
     """Means over 300 flowers; the margins are four standard errors of such a mean."""
     images, masks = draw_flowers(300, 32, seed=1)

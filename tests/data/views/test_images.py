@@ -198,6 +198,7 @@ def test_open_views_invalid_video_raises(tmp_path):
             open_views(path)
 
 
+@pytest.mark.slow
 def test_open_views_truncated_video_raises(video):
     path = video(40)
     path.write_bytes(path.read_bytes()[:700])
@@ -205,6 +206,7 @@ def test_open_views_truncated_video_raises(video):
         open_views(path)
 
 
+@pytest.mark.slow
 def test_open_views_without_decoder_names_extra(video, monkeypatch):
     path = video(2)
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
@@ -229,6 +231,7 @@ def test_open_views_masks_for_posed_array_are_read(tmp_path):
     assert opened.masks.min() == 1 and opened.poses is not None
 
 
+@pytest.mark.slow
 def test_open_views_real_lego(real_data):
     folder = real_data("nerf_lego_200")
     train = open_views(folder, "train", 50)

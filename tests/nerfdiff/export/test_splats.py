@@ -223,6 +223,7 @@ def test_commands_take_a_splat_file(splats, tmp_path, capsys):
     assert "only render, export and view take" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_viewer_shows_the_splats_themselves_and_renders_them(splats):
     pytest.importorskip("viser")
     contents = load_contents(splats, "cpu")

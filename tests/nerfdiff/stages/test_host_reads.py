@@ -80,6 +80,7 @@ def addresses(step) -> list[int]:
     return [x.data_ptr() for x in (*found, getattr(field, "_blur", None)) if x is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["search", "joint"])
 def test_step_of_a_stage_changes_its_form_and_no_address(make_step, case):
     step, forms = make_step(case, "cpu", steps=40, search_steps=40, grid_resolution=16, search_grid_resolution=16), []

@@ -15,6 +15,7 @@ from factorkit.utils.images import pixels_to_signed
 FORMS = pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 1}, {"decoding": "concat"}])
 
 
+@pytest.mark.slow
 @FORMS
 def test_interpolate_goes_from_a_to_b(make_random_run, make_images, changes):
     run = make_random_run(**changes)
@@ -33,6 +34,7 @@ def test_interpolate_goes_from_a_to_b(make_random_run, make_images, changes):
     assert not torch.allclose(result.images[:, 0], result.images[:, 2], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_interpolate_end_frames_reconstruct_their_images(make_random_run, make_images):
     """Smooth weights: a random network of full size is no denoiser, and no sampler follows it."""
     run = make_random_run()
@@ -78,6 +80,7 @@ def test_interpolate_ends_are_independent_of_other_images(make_random_run, make_
     torch.testing.assert_close(together.images[1, 1], alone.images[0, 1], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_interpolate_one_image_pairs_with_all_others(make_random_run, make_images):
     run = make_random_run()
     many, one = make_images(3, 1), make_images(1, 2)
@@ -87,6 +90,7 @@ def test_interpolate_one_image_pairs_with_all_others(make_random_run, make_image
     assert run.interpolate(one, many, frames=2, steps=2).images.shape[:2] == (3, 2)
 
 
+@pytest.mark.slow
 def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(make_random_run, make_images):
     a, b = make_images(2)
     for run, t in ((make_random_run(), 250), (make_random_run(high_noise_fraction=0.0, t_max=40), 10)):

@@ -289,6 +289,7 @@ def test_segment_folder_progress_includes_earlier_results(run, photos, tmp_path,
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_segment_folder_work_per_image_is_constant(run, photos, tmp_path, monkeypatch):
     calls = {}
     for count in (10, 30):
