@@ -1,11 +1,11 @@
-"""base_k + m_k * skip, the end of the masked 1x1 shortcut; all branches share one read of the skip."""
+"""base_k + m_k * skip + bias + residual_k, the end of a residual block; all branches share one read of the skip."""
 
 from __future__ import annotations
 
 import triton.language as tl
 from factorkit.kernels import tiles
 from factorkit.kernels.branches import Branches, feature_gradients
-from factorkit.kernels.tiles import empty_features, kernel, launch, load, span
+from factorkit.kernels.tiles import channels_last, contiguous, empty_features, kernel, launch, load, span
 from torch import Tensor
 
 
@@ -14,6 +14,8 @@ def masked_add_kernel(
     base,
     skip,
     masks,
+    bias,
+    residual,
     out,
     pixels,
     channels,
@@ -38,27 +40,40 @@ def masked_add_kernel(
         z = s
         if masks is not None:
             z = s * load(masks + row * pixels + p, p < pixels)[:, None]
-        tl.store(out + at, (common if SHARED else load(base + at, inside)) + z, mask=inside)
+        z = z + (common if SHARED else load(base + at, inside))
+        if bias is not None:
+            z = z + load(bias + c, c < channels)[None, :]
+        if residual is not None:
+            z = z + load(residual + at, inside)
+        tl.store(out + at, z, mask=inside)
 
 
-def masked_add(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    """Add base [B*K or B, C, H, W] and m_k * skip [B, C, H, W]: [B*K, C, H, W] channels last, in the dtype of base."""
+def masked_add(
+    base: Tensor, skip: Tensor, masks: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """Add base [B*K or B, C, H, W], m_k * skip [B, C, H, W], bias [C] and residual [B*K, C, H, W].
+
+    Returns:
+        [B*K, C, H, W] channels last, in the dtype of base.
+    """
     x = Branches(base, skip, masks)
     out = empty_features(x.rows, x.channels_u, x.u)
     block_p, block_c = x.tile()
     blocks_p, blocks_c = tiles.ceil_div(x.pixels, block_p), tiles.ceil_div(x.channels_u, block_c)
     sizes = (x.pixels, x.channels_u, blocks_c, blocks_p)
     constants = {"K": x.regions, "SHARED": x.shared, "BLOCK_P": block_p, "BLOCK_C": block_c}
-    launch(masked_add_kernel, x.batch * blocks_p * blocks_c, x.u, x.skip, x.masks, out, *sizes, **constants, warps=4)
+    tensors = (x.u, x.skip, x.masks, contiguous(bias), None if residual is None else channels_last(residual), out)
+    launch(masked_add_kernel, x.batch * blocks_p * blocks_c, *tensors, *sizes, **constants, warps=4)
     return out
 
 
 def masked_add_backward(
-    grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor | None
+    grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Compute the gradients of :func:`masked_add` for base, skip and masks (fp32).
 
-    The gradient of base is ``grad`` itself, and None here, unless the branches share base.
+    The gradient of base is ``grad`` itself, and both are None here, unless the branches share base.
     """
-    x = Branches(base, skip, masks)
+    grad = channels_last(grad)
+    x = Branches(grad if base is None else base, skip, masks)
     return feature_gradients(grad, x, None, None, activate=False, at_skip=0, with_u=x.shared)

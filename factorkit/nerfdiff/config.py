@@ -77,8 +77,8 @@ class NerfdiffConfig(EngineConfig):
     field: Literal["auto", "grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians"] = "grid"
     """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, tiny-cuda-nn's hash grid and
     fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The pose search always uses a grid, and Gaussians
-    start from one. "auto", the default of the presets "demo" and "fast": Gaussians for views above 64 pixels, the grid
-    for smaller ones, unbounded scenes and search="joint"."""
+    start from one. "auto", the default of the presets "demo" and "fast": Gaussians for views of 64 pixels or more,
+    the grid for smaller ones, unbounded scenes and search="joint"."""
     num_gaussians: int = 10_000
     """Number of Gaussians, with field="gaussians". Training moves them, but neither adds nor removes any."""
     gaussian_steps: int = 4000
@@ -275,7 +275,7 @@ CHOICES = {
     "encoder_pooling": ("flatten", "average"),
 }
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
-MAX_GRID_VIEWS = 64  # pixels of the longer side above which Gaussians reach more dB in the same time than a grid
+MIN_GAUSSIAN_VIEWS = 64  # pixels of the longer side from which Gaussians are chosen: more dB, a better encoder
 SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 
 
@@ -305,7 +305,7 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     settings = PRESETS[preset] if preset else {}
     if settings is FAST:
         field, resolution = changes.get("field", "auto"), changes.get("resolution", NerfdiffConfig.resolution)
-        if field == "auto" and (resolution <= MAX_GRID_VIEWS or changes.get("search") == "joint"):
+        if field == "auto" and (resolution < MIN_GAUSSIAN_VIEWS or changes.get("search") == "joint"):
             field = "grid"
         changes = {**changes, "field": field}
         settings = settings | _sized(resolution, field)

@@ -19,7 +19,7 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.config import MAX_GRID_VIEWS, NerfdiffConfig, preset_config
+from factorkit.nerfdiff.config import MIN_GAUSSIAN_VIEWS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
@@ -280,7 +280,9 @@ def list_notes(
     """
     notes = [*views.notes, *([scene.note] if scene.note else [])]
     if requested is not None and config.field != requested.field:
-        reason = "the scene is unbounded" if config.unbounded == "yes" else f"views above {MAX_GRID_VIEWS} pixels"
+        reason = (
+            "the scene is unbounded" if config.unbounded == "yes" else f"views of {MIN_GAUSSIAN_VIEWS} pixels or more"
+        )
         notes.append(f'field="{config.field}": {reason} (--field).')
     if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
         notes.append(

@@ -97,6 +97,11 @@ class Norm(nn.Module):
         return f"{len(self.weight)}, groups={self.groups}, kind={self.kind!r}"
 
 
+def bias_is_separate(x: Tensor) -> bool:
+    """Return whether a convolution of x adds its bias in a pass of its own, as cuDNN does and oneDNN does not."""
+    return x.device.type != "cpu"
+
+
 class ResBlock(nn.Module):
     """norm→SiLU→conv3 → norm·(1+scale)+shift→SiLU→dropout→conv3(zero), plus a shortcut.
 
@@ -128,15 +133,16 @@ class ResBlock(nn.Module):
 
     def forward(self, u: Tensor, embedding: Tensor, skip: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
         """U [B or B*K, C, H, W], embedding [rows of the output, E], skip [B, C_s, H, W], masks [B, K, H, W]."""
-        if skip is None:
-            h, base = self.norm1(u, masks=masks), self.shortcut(u)
-        else:
-            h = self.norm1.forward_skip(u, skip, masks)
-            shortcut = cast(nn.Conv2d, self.shortcut)
-            base = ops.masked_skip_projection(u, skip, masks, shortcut.weight, cast(Tensor, shortcut.bias))
+        h = self.norm1(u, masks=masks) if skip is None else self.norm1.forward_skip(u, skip, masks)
         scale, shift = self.modulation(F.silu(embedding)).chunk(2, dim=1)
-        h = self.norm2(self.conv1(h), scale, shift, masks=masks)
-        return base + self.conv2(self.dropout(h))
+        h = self.dropout(self.norm2(self.conv1(h), scale, shift, masks=masks))
+        if skip is None:
+            return self.shortcut(u) + self.conv2(h)
+        weight, bias = cast(nn.Conv2d, self.shortcut).weight, cast(Tensor, self.shortcut.bias)
+        if not bias_is_separate(u):
+            return ops.masked_skip_projection(u, skip, masks, weight, bias) + self.conv2(h)
+        residual = F.conv2d(h, self.conv2.weight, padding=1)
+        return ops.masked_skip_projection(u, skip, masks, weight, bias + cast(Tensor, self.conv2.bias), residual)
 
 
 class Attention(nn.Module):

@@ -15,15 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops.dispatch import (
-    empty_like,
-    kernels,
-    reference_gradients,
-    register,
-    save_inputs,
-    select,
-    with_layout_of,
-)
+from factorkit.ops.dispatch import empty_like, kernels, reference_gradients, register, select, with_layout_of
 
 
 def concatenate_masked_skip(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
@@ -59,10 +51,13 @@ def count_branches(u: Tensor, masks: Tensor | None) -> int:
     return batch * regions
 
 
-def masked_skip_projection(u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def masked_skip_projection(
+    u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """Compute the 1x1 shortcut W [u_k ; m_k * skip] + b = (W_u u_k + b) + m_k * (W_s skip) of every branch.
 
-    The mask commutes with the convolution, so that the second product is computed once and not K times.
+    The mask commutes with the convolution, so that the second product is computed once and not K times. A residual is
+    added in the same pass, and so is the bias then.
 
     Args:
         u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
@@ -70,6 +65,7 @@ def masked_skip_projection(u: Tensor, skip: Tensor, masks: Tensor | None, weight
         masks: [B, K, H, W], or None for the shortcut of [u ; skip].
         weight: [C_out, C_u + C_s, 1, 1].
         bias: [C_out].
+        residual: [B*K, C_out, H, W], the other branch of the residual block, or None.
 
     Returns:
         [B*K, C_out, H, W].
@@ -79,48 +75,55 @@ def masked_skip_projection(u: Tensor, skip: Tensor, masks: Tensor | None, weight
     """
     count_branches(u, masks)
     split = u.shape[1]
-    base = F.conv2d(u, weight[:, :split], bias)
+    base = F.conv2d(u, weight[:, :split], bias if residual is None else None)
     masked = F.conv2d(skip, weight[:, split:])
-    return select("masked_skip_add", add_masked_skip, base)(base, masked, masks)
+    add = select("masked_skip_add", add_masked_skip, base)
+    return add(base, masked, masks, None if residual is None else bias, residual)
 
 
-def add_masked_skip(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    """Return base_k + m_k * skip, [B*K, C, H, W]: the last step of the shortcut."""
+def add_masked_skip(
+    base: Tensor, skip: Tensor, masks: Tensor | None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Return base_k + m_k * skip + bias + residual_k, [B*K, C, H, W]: the last step of the shortcut."""
     if masks is None:
-        return base + skip
-    own = base[:, None] if _is_shared(base, masks) else base.unflatten(0, masks.shape[:2])
-    return torch.addcmul(own, skip[:, None].to(base.dtype), masks[:, :, None].to(base.dtype)).flatten(0, 1)
+        out = base + skip
+    else:
+        own = base[:, None] if _is_shared(base, masks) else base.unflatten(0, masks.shape[:2])
+        out = torch.addcmul(own, skip[:, None].to(base.dtype), masks[:, :, None].to(base.dtype)).flatten(0, 1)
+    if bias is not None:
+        out = out + bias.to(out.dtype)[:, None, None]
+    return out if residual is None else out + residual.to(out.dtype)
 
 
 # --- implementations ---
 
 
-def _add(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    return with_layout_of(add_masked_skip(base, skip, masks), base)
+def _add(base: Tensor, skip: Tensor, masks: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return with_layout_of(add_masked_skip(base, skip, masks, bias, residual), base)
 
 
-def _add_fake(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
+def _add_fake(base: Tensor, skip: Tensor, masks: Tensor | None, *rest: Tensor | None) -> Tensor:
     return with_layout_of(base.new_empty(count_branches(base, masks), *base.shape[1:]), base)
 
 
-def _add_triton(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    return with_layout_of(kernels.masked_add.masked_add(base, skip, masks), base)
+def _add_triton(base: Tensor, skip: Tensor, masks: Tensor | None, *rest: Tensor | None) -> Tensor:
+    return with_layout_of(kernels.masked_add.masked_add(base, skip, masks, *rest), base)
 
 
-def _add_backward(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> list[Tensor]:
-    """Return the gradients of base, where the branches share it, of skip and of masks."""
-    d_base = [shared_gradient(grad, base, masks)] if _is_shared(base, masks) else []
+def _add_backward(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor) -> list[Tensor]:
+    """Return the gradients of base, which is None unless the branches share it, of skip and of masks."""
+    d_base = [] if base is None else [shared_gradient(grad, base, masks)]
     return [*d_base, *masked_skip_gradients(grad, skip, masks)]
 
 
-def _add_backward_fake(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> list[Tensor]:
+def _add_backward_fake(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor) -> list[Tensor]:
     d_masks = torch.empty_like(masks, memory_format=torch.contiguous_format)
-    return [*([empty_like(base)] if _is_shared(base, masks) else []), empty_like(skip), d_masks]
+    return [*([] if base is None else [empty_like(base)]), empty_like(skip), d_masks]
 
 
-def _add_backward_triton(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> list[Tensor]:
+def _add_backward_triton(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor) -> list[Tensor]:
     d_base, d_skip, d_masks = kernels.masked_add.masked_add_backward(grad, base, skip, masks)
-    found = [] if d_base is None else [with_layout_of(d_base, base)]
+    found = [] if base is None else [with_layout_of(d_base, base)]
     return [*found, with_layout_of(d_skip, skip), d_masks.to(masks.dtype)]
 
 
@@ -145,16 +148,28 @@ def masked_skip_gradients(grad: Tensor, skip: Tensor, masks: Tensor | None) -> l
     return [empty_like(skip).copy_(d_skip), d_masks.to(masks.dtype).contiguous()]
 
 
+def _add_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    base, skip, masks, bias, residual = inputs
+    # Of the tensors as large as the output, no gradient needs the values.
+    shared = masks is not None and _is_shared(base, masks)
+    ctx.save_for_backward(base if shared else None, skip, masks)
+    ctx.dtypes = [None if x is None else x.dtype for x in (base, bias, residual)]
+
+
 def _add_autograd(ctx: Any, grad: Tensor) -> tuple:
     base, skip, masks = ctx.saved_tensors
+    d_base = grad.to(ctx.dtypes[0])
+    d_bias = None if ctx.dtypes[1] is None else grad.sum((0, 2, 3), dtype=ctx.dtypes[1])
+    rest = (d_bias, None if ctx.dtypes[2] is None else grad.to(ctx.dtypes[2]))
     if masks is None:
-        return grad.to(base.dtype), grad.to(skip.dtype), None
+        return d_base, grad.to(skip.dtype), None, *rest
     if torch.is_grad_enabled():
-        return reference_gradients(add_masked_skip, ctx.saved_tensors, (grad,))
-    *d_base, d_skip, d_masks = torch.ops.factorkit.masked_skip_add_backward(grad, base, skip, masks)
+        own, *others = reference_gradients(add_masked_skip, (d_base if base is None else base, skip, masks), (grad,))
+        return d_base if base is None else own, *others, *rest
+    *own, d_skip, d_masks = torch.ops.factorkit.masked_skip_add_backward(grad, base, skip, masks)
     # A branch's own base receives the upstream gradient unchanged; only a shared one needs a sum.
-    return d_base[0] if d_base else grad.to(base.dtype), d_skip, d_masks
+    return own[0] if own else d_base, d_skip, d_masks, *rest
 
 
-register("masked_skip_add", _add, _add_fake, triton=_add_triton, autograd=(save_inputs, _add_autograd))
+register("masked_skip_add", _add, _add_fake, triton=_add_triton, autograd=(_add_setup_context, _add_autograd))
 register("masked_skip_add_backward", _add_backward, _add_backward_fake, triton=_add_backward_triton)

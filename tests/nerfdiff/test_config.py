@@ -84,10 +84,12 @@ def test_build_encoder_reads_squares_of_the_stem_at_the_next_size_that_they_divi
     assert not torch.equal(encoder(moved, t)[1], encoder(moved.roll(1, -1), t)[1])
 
 
-def test_preset_config_above_64_pixels_leaves_the_field_to_the_views():
+def test_preset_config_from_64_pixels_on_leaves_the_field_to_the_views():
     large = preset_config("fast", resolution=96)
     assert large.field == "auto" and (large.grid_resolution, large.field_steps) == (64, 1200)
-    assert preset_config("fast", resolution=64).field == preset_config("fast", search="joint", resolution=96).field
+    assert preset_config("fast", resolution=64).field == "auto"
+    joint = preset_config("fast", search="joint", resolution=96)
+    assert preset_config("fast", resolution=63).field == joint.field == "grid"
     assert preset_config("fast", resolution=96, field="hashgrid").field == "hashgrid"
     given = preset_config("fast", resolution=96, field_steps=7)
     assert given.with_field("grid", "yes").field_steps == given.with_field("gaussians", "no").field_steps == 7
@@ -96,7 +98,7 @@ def test_preset_config_above_64_pixels_leaves_the_field_to_the_views():
 
 
 def test_preset_config_occupancy_is_on_for_costly_fields():
-    assert not preset_config("fast").occupancy and not preset_config("demo", resolution=64).occupancy
+    assert not preset_config("fast").occupancy and not preset_config("demo", resolution=64, field="grid").occupancy
     assert all(preset_config("fast", field=field).occupancy for field in ("hashgrid", "mlp", "siren", "tcnn"))
     assert not preset_config("fast", field="mlp", occupancy=False).occupancy
     assert not preset_config("lego").occupancy, "the thesis' settings, to the letter"

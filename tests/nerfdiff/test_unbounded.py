@@ -77,7 +77,7 @@ def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others(
     config = choose_capture_settings(replace(large, unbounded="no"), scene)
     assert (config.field, config.grid_resolution, config.field_steps) == ("gaussians", 64, 1200)
     notes = list_notes(views, scene, config, large)
-    assert any('field="gaussians": views above 64 pixels' in note for note in notes)
+    assert any('field="gaussians": views of 64 pixels or more' in note for note in notes)
     stored = preset_config("fast", resolution=96, field="grid").to_dict() | {"scene": {}, "unbounded": "no"}
     config = choose_capture_settings(large, scene, stored)
     assert (config.field, config.unbounded, config.grid_resolution) == ("grid", "no", 96), "an earlier run resumes"

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from factorkit.nn import unet
 from factorkit.nn.unet import (
     Attention,
     Decoder,
@@ -92,6 +93,21 @@ def test_res_block_masked_branches_equal_separate_blocks(norm):
         torch.testing.assert_close(together[:, k], alone)
     elsewhere = block(u, embedding, skip, masks.flip(1)).unflatten(0, (3, 2))
     assert not torch.allclose(together, elsewhere)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_res_block_with_biases_added_once_equals_separate_additions(masked, monkeypatch):
+    block = randomize_weights(ResBlock(8, 6, 16, skip_channels=4, norm_groups=2))
+    u, skip, embedding = rand(6, 8, 5, 3), rand(3 if masked else 6, 4, 5, 3), rand(6, 16)
+    masks, upstream = (rand(3, 2, 5, 3).softmax(1) if masked else None), rand(6, 6, 5, 3)
+
+    def run():
+        out = block(u, embedding, skip, masks)
+        return out, *torch.autograd.grad(out, list(block.parameters()), upstream)
+
+    separate = run()
+    monkeypatch.setattr(unet, "bias_is_separate", lambda x: True)
+    torch.testing.assert_close(run(), separate)
 
 
 def test_res_block_dropout_precedes_the_second_convolution():

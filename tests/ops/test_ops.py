@@ -137,6 +137,21 @@ def test_projection_gradients_match_reference(shared):
     torch.testing.assert_close(
         ops.masked_skip_projection(u, skip, masks, weight, bias), F.conv2d(concat(), weight, bias)
     )
+    residual = rand(b * k, 4, 4, 3)
+    compare_gradients(
+        lambda: ops.masked_skip_projection(u, skip, masks, weight, bias, residual),
+        lambda: F.conv2d(concat(), weight, bias) + residual,
+        [u, skip, masks, weight, bias, residual],
+    )
+
+
+def test_masked_add_saves_no_tensor_of_its_output_size():
+    base, skip, masks, bias, residual = CASES["add"][1]
+    arguments = [x.requires_grad_() for x in (torch.cat([base, base]), skip, masks, bias, residual)]
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        torch.ops.factorkit.masked_skip_add(*arguments)
+    assert sorted(sizes) == sorted([skip.numel(), masks.numel()])
 
 
 def test_skip_ops_without_masks_match_plain_unet():
@@ -210,7 +225,7 @@ def cases():
         yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, scale, shift, 2, norm, True)
     yield "norm-plain", o.norm_silu, (rand(1, 6, 3, 2), None, None, weight, bias, None, None, 2, "group", False)
     yield "skip-plain", o.norm_silu, (u, skip, None, weight, bias, None, None, 2, "group", True)
-    yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks)
+    yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks, rand(4), rand(4, 4, 3, 2))
     yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
     yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
     yield "blend", o.region_blend, (rand(2, 2, 3, 2), rand(4, 2, 3, 2))

@@ -66,7 +66,7 @@ def skip_norm():
 
 
 def skip_add():
-    tensors = (leaf(1, 2, 2, 2), leaf(1, 3, 2, 2), masks(1, 2, 2, 2), leaf(2, 5, 1, 1), leaf(2))
+    tensors = (leaf(1, 2, 2, 2), leaf(1, 3, 2, 2), masks(1, 2, 2, 2), leaf(2, 5, 1, 1), leaf(2), leaf(2, 2, 2, 2))
     return ops.masked_skip_projection, tensors
 
 

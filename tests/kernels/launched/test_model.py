@@ -7,6 +7,7 @@ import torch
 from kernel_compare import assert_close, rand, soft_masks
 
 from factorkit import kernels, ops
+from factorkit.nn import unet
 from factorkit.ops import dispatch, reference
 from factorkit.segdiff.backbones import UNetBackbone, UViTBackbone
 from factorkit.segdiff.network import FactorizedDenoiser
@@ -21,8 +22,8 @@ def cases():
         m = masks if norm == "masked_group" else None
         yield f"norm-{norm}", o.norm_silu, (rand(4, 6, 3, 2), None, m, weight, bias, scale, shift, 2, norm, True)
         yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, None, None, 2, norm, True)
-    yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks)
-    yield "add-own", o.masked_skip_add, (rand(4, 4, 3, 2), skip, masks)
+    yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks, rand(4), rand(4, 4, 3, 2))
+    yield "add-own", o.masked_skip_add, (rand(4, 4, 3, 2), skip, masks, None, None)
     yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
     yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
     yield "blend", o.region_blend, (rand(2, 2, 3, 2).contiguous(), rand(4, 2, 3, 2))
@@ -94,6 +95,7 @@ def test_factorized_denoiser_on_kernels_matches_reference(backbone, branch_norm,
         return out, torch.autograd.grad(loss, list(model.parameters()))
 
     launched = []
+    monkeypatch.setattr(unet, "bias_is_separate", lambda x: True)  # as on a GPU
     monkeypatch.setattr(kernels.tiles, "start", spy(kernels.tiles.start, launched))
     last = {"memory_format": torch.channels_last}
     out, grads = step(model.to(**last), x.contiguous(**last), target)

@@ -28,12 +28,15 @@ def slices(like):
 @SIZE
 @SHARED
 @HALF
-def test_masked_add_matches_reference(size, shared, dtype):
+@pytest.mark.parametrize("residual", [True, False])
+def test_masked_add_matches_reference(size, shared, dtype, residual):
     b, k, c, _, h, w = size
     inputs = {
         "base": rand(b if shared else b * k, c, h, w, dtype=dtype),
         "skip": rand(b, c, h, w, dtype=dtype),
         "masks": soft_masks(b, k, h, w),
+        "bias": rand(c) if residual else None,
+        "residual": rand(b * k, c, h, w, dtype=dtype) if residual else None,
     }
     compare(torch.ops.factorkit.masked_skip_add, reference.masked_skip_add, inputs)
     compare(torch.ops.factorkit.masked_skip_add, reference.masked_skip_add, inputs, make_grad=slices)

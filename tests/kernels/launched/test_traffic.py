@@ -93,9 +93,10 @@ def own_norm(norm):
 def region_ops(name):
     masks = soft_masks(2, 3, 8, 8).requires_grad_()
     x, skip = (rand(2, 72, 8, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    own, bias = rand(6, 72, 8, 8, dtype=torch.bfloat16).requires_grad_(), rand(72).requires_grad_()
     branches, logits = rand(6, 3, 8, 8).requires_grad_(), torch.randn(2, 3, 8, 8, requires_grad=True)
     return {
-        "add": lambda: (torch.ops.factorkit.masked_skip_add(x, skip, masks), [x, skip, masks]),
+        "add": lambda: (torch.ops.factorkit.masked_skip_add(x, skip, masks, bias, own), [x, skip, masks, bias, own]),
         "pyramid": lambda: (torch.cat([m.flatten() for m in ops.mask_pyramid(masks, 3)[1:]]), [masks]),
         "pool": lambda: (ops.region_pool(x, masks), [x, masks]),
         "blend": lambda: (ops.region_blend(logits, branches)[1], [logits, branches]),
