@@ -60,7 +60,7 @@ from factorkit.utils.images import pixels_to_images
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
-FEW_LATENTS = 16  # a side
+FEW_LATENTS, MANY_PIXELS = 16, 128  # a side
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
 
 
@@ -120,12 +120,7 @@ def train_segdiff(
     given, autoencoder = settle_latents(preset, changes, folder)
     given, note = settle_regions(given, folder)
     config = given.resolved()
-    if config.latent_channels and config.side < FEW_LATENTS:
-        wide = preset_config(preset).resolution * config.latent_factor
-        note += (
-            f"\nlatent=: photos of {config.resolution} pixels are {config.side} x {config.side} latents, which show "
-            f"little; without resolution= photos of {wide} pixels are taken"
-        )
+    note = "\n".join(line for line in (note, advise_size(preset, config)) if line)
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
@@ -134,7 +129,7 @@ def train_segdiff(
     join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     if progress and note:
-        distributed.run_on_first(lambda: print(note.strip(), file=sys.stderr))
+        distributed.run_on_first(lambda: print(note, file=sys.stderr))
     with distributed.first_on_machine():
         dataset, prepared, probes = load_data(
             data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
@@ -212,6 +207,23 @@ def settle_latents(preset: str, changes: dict[str, Any], folder: Path) -> tuple[
     if "resolution" not in changes:
         latents["resolution"] = config.resolution * sizes.downsample
     return dataclasses.replace(config, **latents), autoencoder
+
+
+def advise_size(preset: str, config: ResolvedSegdiffConfig) -> str:
+    """Return a line on images that are too small or too large for what the network sees of them, or nothing."""
+    size = config.resolution
+    if config.latent_channels and config.side < FEW_LATENTS:
+        wide = preset_config(preset).resolution * config.latent_factor
+        return (
+            f"latent=: photos of {size} pixels are {config.side} x {config.side} latents, which show little; without "
+            f"resolution= photos of {wide} pixels are taken"
+        )
+    if not config.latent_channels and config.form == "regional" and size >= MANY_PIXELS:
+        return (
+            f"resolution={size}: at equal time the latents of an autoencoder segment and draw better at this size: "
+            "`factorkit train autoencoder`, then latent="
+        )
+    return ""
 
 
 def encode_images(

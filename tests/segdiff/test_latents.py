@@ -23,7 +23,7 @@ from factorkit.segdiff.inference.segment import lift_masks
 from factorkit.segdiff.latents import LatentSpace, open_autoencoder
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import MaskNetwork, resize
-from factorkit.segdiff.train import settle_latents
+from factorkit.segdiff.train import advise_size, settle_latents
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
@@ -252,6 +252,12 @@ def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
     factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(write_format(tmp_path / "ae")), **settings)
     expected = "photos of 32 pixels are 8 x 8 latents, which show little; without resolution= photos of 128 pixels are"
     assert expected in capsys.readouterr().err
+
+
+def test_advise_size_many_pixels_names_latents():
+    config = preset_config("fast32", resolution=128, masks="network", regions=2).resolved()
+    assert "resolution=128: at equal time the latents of an autoencoder segment" in advise_size("fast32", config)
+    assert not advise_size("fast32", preset_config("fast32", masks="network", regions=2).resolved())
 
 
 def test_settle_latents_without_a_resolution_gives_the_latents_that_of_the_preset(tmp_path):

@@ -216,9 +216,8 @@ class _FolderJob:
         is_shown = self.record.source_of(self.overview_name) == self.overview_source and self.overview.exists()
         overview_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
         todo = [i for i in range(count) if not done[i] or (overview_due and i in first)]
-        for i in todo:
-            if not done[i]:
-                self.record.check(self.outputs.file_names(stems[i]).values(), self.manifest.inputs[i])
+        for i in (i for i in todo if not done[i]):
+            self.record.check(self.outputs.file_names(stems[i]).values(), self.manifest.inputs[i])
         self.record.check(list_documents(self.outputs), ALL_IMAGES)
         if overview_due:
             self.record.check([self.overview_name], self.overview_source)
@@ -259,9 +258,8 @@ class _FolderJob:
             unlike += [self.source.names[index]] if line.get("unlike") else []
         overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
         means = np.reshape(areas, (-1, self.config.num_leaf_regions)).mean(0).tolist()
-        files = (overview, annotations, polygons)
         counts = segmented, already, self.skipped, self.config.num_leaf_regions
-        return FolderSegments(self.out, *counts, means, *files, unlike=unlike)
+        return FolderSegments(self.out, *counts, means, overview, annotations, polygons, unlike=unlike)
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
         """Read, segment, write; yield each image once it is in the manifest or skipped."""

@@ -444,7 +444,7 @@ def test_segment_folder_photos_at_a_former_path_get_new_numbers(run, save, tmp_p
 
 def test_segment_folder_finished_images_take_little_memory(tmp_path):
     """The lists of finished images and files hold none of their text (it took 2,350 bytes a photo)."""
-    names = [f"holiday/{i:06d}.jpg" for i in range(800)]
+    names = [f"holiday/{i:06d}.jpg" for i in range(360)]
     source, regions = FileSource(tmp_path, names), ("labels.png", "overlay.png", "mask_0.png")
     with closing(Manifest(tmp_path, "key", source)) as manifest, OutputRecord(tmp_path) as record:
 
@@ -454,10 +454,10 @@ def test_segment_folder_finished_images_take_little_memory(tmp_path):
                 sizes = record.write(files, manifest.inputs[i], stem=f"holiday/{i:06d}")
                 manifest.add(i, [i, i], {"image_id": i + 1, "files": sizes, "areas": [0.5, 0.5], "depths": {"a": 12}})
 
-        finish(0, 200)
+        finish(0, 60)
         tracemalloc.start()
-        finish(200, 800)
-        bytes_per_photo = tracemalloc.get_traced_memory()[0] / 600
+        finish(60, 360)
+        bytes_per_photo = tracemalloc.get_traced_memory()[0] / 300
         tracemalloc.stop()
     assert bytes_per_photo < 250, bytes_per_photo
 
