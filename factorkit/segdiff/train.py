@@ -211,19 +211,14 @@ def settle_latents(preset: str, changes: dict[str, Any], folder: Path) -> tuple[
 
 def advise_size(preset: str, config: ResolvedSegdiffConfig) -> str:
     """Return a line on images that are too small or too large for what the network sees of them, or nothing."""
-    size = config.resolution
-    if config.latent_channels and config.side < FEW_LATENTS:
-        wide = preset_config(preset).resolution * config.latent_factor
-        return (
-            f"latent=: photos of {size} pixels are {config.side} x {config.side} latents, which show little; without "
-            f"resolution= photos of {wide} pixels are taken"
-        )
-    if not config.latent_channels and config.form == "regional" and size >= MANY_PIXELS:
-        return (
-            f"resolution={size}: at equal time the latents of an autoencoder segment and draw better at this size: "
-            "`factorkit train autoencoder`, then latent="
-        )
-    return ""
+    size, side, wide = config.resolution, config.side, preset_config(preset).resolution * config.latent_factor
+    few = f"latent=: photos of {size} pixels are {side} x {side} latents, which show little; without resolution= "
+    few += f"photos of {wide} pixels are taken"
+    many = f"resolution={size}: at equal time the latents of an autoencoder segment and draw better at this size: "
+    many += "`factorkit train autoencoder`, then latent="
+    if config.latent_channels:
+        return few if side < FEW_LATENTS else ""
+    return many if config.form == "regional" and size >= MANY_PIXELS else ""
 
 
 def encode_images(
