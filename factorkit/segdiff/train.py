@@ -214,8 +214,8 @@ def advise_size(preset: str, config: ResolvedSegdiffConfig) -> str:
     size, side, wide = config.resolution, config.side, preset_config(preset).resolution * config.latent_factor
     few = f"latent=: photos of {size} pixels are {side} x {side} latents, which show little; without resolution= "
     few += f"photos of {wide} pixels are taken"
-    many = f"resolution={size}: at equal time the latents of an autoencoder segment and draw better at this size: "
-    many += "`factorkit train autoencoder`, then latent="
+    many = f"resolution={size}: a step on the latents of an autoencoder is many times faster: `factorkit train "
+    many += "autoencoder`, then latent="
     if config.latent_channels:
         return few if side < FEW_LATENTS else ""
     return many if config.form == "regional" and size >= MANY_PIXELS else ""

@@ -256,7 +256,7 @@ def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
 
 def test_advise_size_many_pixels_names_latents():
     config = preset_config("fast32", resolution=128, masks="network", regions=2).resolved()
-    assert "resolution=128: at equal time the latents of an autoencoder segment" in advise_size("fast32", config)
+    assert "resolution=128: a step on the latents of an autoencoder is many times faster" in advise_size("fast32", config)
     assert not advise_size("fast32", preset_config("fast32", masks="network", regions=2).resolved())
 
 
