@@ -35,6 +35,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_ls_lists_all_and_marks_best(run_of_four, run_json, run_cli):
     result = run_json("checkpoint", "ls", run_of_four)["checkpoints"]
     assert [c["path"] for c in result] == [*NAMES, f"stages/search/{NAMES[0]}"]
@@ -52,6 +53,7 @@ def test_verify_reads_all_and_names_damaged(run_of_four, run_json, run_refused):
     assert "step_00000003.safetensors is damaged" in message and f"{NAMES[0]}, {NAMES[2]}" in message
 
 
+@pytest.mark.slow
 def test_prune_keeps_newest_undamaged_and_best(run_of_four, run_json):
     damage(run_of_four / NAMES[0])
     (run_of_four / "checkpoints/.unfinished-1-0.safetensors").write_bytes(b"half")
@@ -66,11 +68,13 @@ def test_prune_keeps_newest_undamaged_and_best(run_of_four, run_json):
     assert left == {Path(NAMES[1]).name, Path(NAMES[2]).name, "best.json"}
 
 
+@pytest.mark.slow
 def test_prune_without_undamaged_keeps_damaged(run_of_four, run_json):
     damage(run_of_four / "stages/search" / NAMES[0])
     assert f"stages/search/{NAMES[0]}" in run_json("checkpoint", "prune", run_of_four, "--keep", 9)["kept"]
 
 
+@pytest.mark.slow
 def test_prune_during_training_is_refused(run_of_four, run_refused):
     with locked(run_of_four):
         assert "another process is training" in run_refused("checkpoint", "prune", run_of_four)

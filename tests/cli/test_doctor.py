@@ -92,6 +92,7 @@ def test_report_with_everything_broken_is_complete(monkeypatch):
     assert "unknown" in doctor.format_report(report)
 
 
+@pytest.mark.slow
 def test_report_suppresses_output_of_imports(monkeypatch, tmp_path, capsys):
     install(monkeypatch, tmp_path, "viser", "print('welcome!')")
     assert doctor.report()["optional"]["viser"]["state"] == "ok"

@@ -135,6 +135,7 @@ def test_command_keeps_a_file_of_the_user(words_of, out, run_cli, case):
 
 
 @pytest.mark.parametrize("case", OVERWRITE)
+@pytest.mark.slow
 def test_command_replaces_with_overwrite_and_its_own_files_without(words_of, out, run_cli, case):
     put(out / IN_THE_WAY[case])
     for extra in (["--overwrite"], []):

@@ -235,6 +235,7 @@ def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp
     assert code == 0 and "do not beat the best baseline" in text and "FAILED" not in text
 
 
+@pytest.mark.slow
 def test_doctor_prints_report(run_cli, run_json):
     assert run_json("doctor")["torch"]["version"] == torch.__version__
     assert torch.__version__ in run_cli("doctor")[1]

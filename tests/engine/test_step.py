@@ -119,6 +119,7 @@ class Watched(TorchDispatchMode):
     "changes",
     [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}, UVIT],
 )
+@pytest.mark.slow
 def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)
     trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU

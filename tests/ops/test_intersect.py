@@ -109,6 +109,7 @@ def test_gradients():
     torch.testing.assert_close(got, torch.autograd.grad(want, (o, d), grads), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_opcheck_empty_and_strided():
     torch.manual_seed(2)
     o, d = (x.requires_grad_() for x in rays(5))

@@ -241,6 +241,7 @@ def test_marching_equal_for_any_threads_dtype_and_layout():
     assert found[0].t_start.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_opcheck_and_forced_reference(monkeypatch):
     torch.manual_seed(5)
     given = (*rays(10), grid(1, 8, 0.3))

@@ -104,6 +104,7 @@ def test_every_op_with_a_gradient_has_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_second_derivative_equals_finite_differences(case):
     torch.manual_seed(0)
     run, inputs = CASES[case][1]()

@@ -102,6 +102,7 @@ def test_render_normals_of_a_ball_point_outwards():
         render(lambda p, d: (p[:, 0] * 0, p[:, :1].expand(-1, 30)), rays, UniformSampling(LOWER, UPPER), normals=True)
 
 
+@pytest.mark.slow
 def test_render_normal_loss_trains_the_field():
     radius = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     squash = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)

@@ -173,6 +173,7 @@ def test_write_report_damaged_files_are_left_out(tmp_path):
     assert page.text.count("Not available yet") == 2
 
 
+@pytest.mark.slow
 def test_write_report_odd_values_do_not_raise(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"iou": None, "acc": "high", "baselines": {"a": 3, "b": {}}}))
     with RunLog(tmp_path) as log:

@@ -145,6 +145,7 @@ def test_presets_without_counts_have_the_network_of_one_with_counts():
     assert {network(preset) for preset in PRESETS} == {network(preset) for preset in COUNTS}
 
 
+@pytest.mark.slow
 def test_cli_backbone_takes_the_sizes_of_a_transformer(capsys):
     arguments = ["--preset", "fast32", "--backbone", "uvit", "--patch-size", "4", "--dry-run", "--masks", "network"]
     assert main(["train", "segdiff", *arguments, "--json", "--device", "cpu", "--batch-size", "2"]) == 0

@@ -220,6 +220,7 @@ def test_train_mismatched_labels_raise_before_anything_is_written():
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_estimate_with_classes_counts_the_label_table():
     known = train.Classes(np.zeros(0, np.int64), NAMES)
     sizes = [train.estimate(preset="demo", classes=k, **TINY)["parameters"] for k in (None, known)]

@@ -191,6 +191,7 @@ def test_log_drawn_checks_replaces_its_own_and_keeps_the_others(tmp_path):
     assert judged_alarms(read_log(tmp_path / "plain"))[1] == list(NOISE.failures)
 
 
+@pytest.mark.slow
 def test_judge_drawn_images_of_a_run_without_the_structure_measures_once(make_random_run, monkeypatch, tmp_path):
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     run = make_random_run()

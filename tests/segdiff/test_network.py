@@ -231,6 +231,7 @@ def test_forward_bf16_autocast_is_near_fp32(build_tiny, make_batch, form):
 
 @pytest.mark.parametrize("backbone", ["unet", "uvit"])
 @pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.slow
 def test_forward_and_backward_with_reference_ops_are_equal(build_tiny, make_batch, backbone, decoding, monkeypatch):
     form = REGIONAL if decoding in ("masked_skips", "unshared") else {}
     model, (x, t) = build_tiny(**form, backbone=backbone, decoding=decoding).train(), make_batch(count=4)

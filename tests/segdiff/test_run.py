@@ -252,6 +252,7 @@ def test_generate_trajectory_ends_at_the_images(run, sampler):
     assert torch.equal(drawn.images, run.generate(2, sampler=sampler, steps=4).images)
 
 
+@pytest.mark.slow
 def test_generate_untrained_levels_are_skipped():
     low = build_untrained_run(high_noise_fraction=0.0, t_max=40)
     assert [frame.t for frame in low.generate(1, sampler="ddim", steps=50, trajectory=True).trajectory][:2] == [
@@ -296,6 +297,7 @@ def find_bright(colours):
     return (colours.mean(1) > 0).long()
 
 
+@pytest.mark.slow
 def test_evaluate_perfect_masks_score_one(monkeypatch):
     run = build_untrained_run(regions=2)
     patch_segment(run, monkeypatch, lambda colours: 1 - find_bright(colours))

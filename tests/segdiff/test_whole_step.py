@@ -94,6 +94,7 @@ def count_saved_bytes(model, x, t) -> int:
 
 
 @pytest.mark.parametrize("form", [{}, REGIONAL])
+@pytest.mark.slow
 def test_memory_of_checkpointed_branches_is_independent_of_their_number(build_tiny, make_batch, form):
     x, t = make_batch(torch.float32, count=4)
     saved = {

@@ -161,6 +161,7 @@ def test_export_beside_images_leaves_them_unchanged(tmp_path, views):
 
 
 @pytest.mark.parametrize("name", ["scene.ply", "mesh.ply", "transforms.json", "colmap"])
+@pytest.mark.slow
 def test_export_replaces_only_what_it_wrote_for_the_same_scene(tmp_path, views, name):
     path = tmp_path / name
     target = path / "sparse" / "0" / "cameras.bin" if name == "colmap" else path
@@ -193,6 +194,7 @@ def test_export_transforms_different_cameras_round_trip(tmp_path, views):
     torch.testing.assert_close(back.images, views.images, atol=0.002, rtol=0)
 
 
+@pytest.mark.slow
 def test_export_colmap_is_read_by_pycolmap(tmp_path, views):
     folder = export(tmp_path / "colmap", views, make_scene_field(), points=2000)
     model = pycolmap.Reconstruction(folder / "sparse" / "0")

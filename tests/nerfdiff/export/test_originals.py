@@ -292,6 +292,7 @@ def test_export_of_a_distorted_run_keeps_pixels_and_lens(tmp_path, run_of):
     np.testing.assert_array_equal(view.read_image(), own.read_image())
 
 
+@pytest.mark.slow
 def test_export_data_elsewhere_is_found_by_the_argument(tmp_path, run_of):
     data = write_scene(tmp_path / "data")
     run = run_of(data)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, linprog
 
@@ -18,6 +19,7 @@ def test_balanced_assignment_equal_views_are_shared_equally():
     assert (errors.argmin(1) == 0).all()
 
 
+@pytest.mark.slow
 def test_balanced_assignment_low_temperature_is_the_linear_optimum():
     torch.manual_seed(0)
     for views, candidates in ((8, 8), (12, 4), (15, 5)):

@@ -71,6 +71,7 @@ def test_slerp_keeps_length_and_divides_the_angle_evenly():
     torch.testing.assert_close(slerp(a, a, torch.tensor([[0.0], [0.5], [1.0]])), same)
 
 
+@pytest.mark.slow
 def test_interpolate_ends_are_independent_of_other_images(make_random_run, make_images):
     run = make_random_run()
     a, b, c = make_images(3, 3)

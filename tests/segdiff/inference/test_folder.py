@@ -442,6 +442,7 @@ def test_segment_folder_photos_at_a_former_path_get_new_numbers(run, save, tmp_p
     assert [image["id"] for image in images] == [1, 2]
 
 
+@pytest.mark.slow
 def test_segment_folder_finished_images_take_little_memory(tmp_path):
     """The lists of finished images and files hold none of their text (it took 2,350 bytes a photo)."""
     names = [f"holiday/{i:06d}.jpg" for i in range(360)]
