@@ -73,7 +73,7 @@ class AutoencoderSizes:
             quant_conv="quant_conv.weight" in shapes,
             post_quant_conv="post_quant_conv.weight" in shapes,
             shortcuts="shortcuts" in shapes,
-            patch_size=math.isqrt(shapes["encoder.conv_in.weight"][1] // IMAGE_CHANNELS),
+            patch_size=max(1, math.isqrt(shapes["encoder.conv_in.weight"][1] // IMAGE_CHANNELS)),
         )
 
 

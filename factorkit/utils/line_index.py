@@ -12,7 +12,7 @@ import numpy as np
 
 from factorkit.utils.files import parse_line
 
-MIN_MERGED = 1024  # entries that are sorted in at once; an eighth of the index if that is more
+MERGED_ENTRIES = 4096  # sorted in at once; until then a search goes through all of them
 
 
 class LineIndex:
@@ -35,7 +35,7 @@ class LineIndex:
         with self._lock:
             for column, value in zip(self._recent, (hash(key), offset, number), strict=True):
                 column.append(value)
-            if len(self._recent[0]) > max(MIN_MERGED, self._sorted.shape[1] // 8):
+            if len(self._recent[0]) >= MERGED_ENTRIES:
                 self._merge()
 
     def number(self, key: Hashable) -> int:

@@ -207,7 +207,11 @@ def test_open_autoencoder_reads_both_generations_of_names(tmp_path):
         ({"norm_num_groups": 3}, {}, r"3 groups of a norm do not divide 8 channels"),
         ({}, {"decoder__conv_out__bias": None}, r"has no tensor decoder.conv_out.bias, of 1 that are missing"),
         ({}, {"decoder__more": torch.ones(1)}, r"has a tensor decoder.more, of 1 that the format does not have"),
-        ({}, {"encoder__conv_in__weight": torch.ones(8, 1, 3, 3)}, r"conv_in.weight is \(8, 1, 3, 3\), and has to be"),
+        (
+            {},
+            {"encoder__conv_in__weight": torch.ones(8, 1, 3, 3)},
+            r"conv_in.weight is \(8, 1, 3, 3\), and has to be \(8, 3",
+        ),
     ],
 )
 def test_open_autoencoder_of_another_architecture_raises(tmp_path, settings, changes, message):

@@ -9,9 +9,9 @@ from factorkit.utils.files import JsonLines
 from factorkit.utils.line_index import LineIndex
 
 
-@pytest.mark.parametrize("min_merged", [2, 1024])
-def test_lines_of_a_key_come_in_the_order_of_the_file(tmp_path, monkeypatch, min_merged):
-    monkeypatch.setattr(line_index, "MIN_MERGED", min_merged)
+@pytest.mark.parametrize("merged_entries", [2, 4096])
+def test_lines_of_a_key_come_in_the_order_of_the_file(tmp_path, monkeypatch, merged_entries):
+    monkeypatch.setattr(line_index, "MERGED_ENTRIES", merged_entries)
     file, index = JsonLines(tmp_path / "lines.jsonl"), LineIndex(tmp_path / "lines.jsonl")
     for i in range(60):
         index.add(f"key {i % 7}", file.append({"i": i, "name": "ü" * i}), 100 - i % 7)
