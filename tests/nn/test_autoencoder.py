@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes, enlarge_copy, kl_divergence, small_copy
 from factorkit.utils.errors import DataError
@@ -72,3 +73,15 @@ def test_shortcuts_of_an_untrained_autoencoder_give_the_small_copy_and_that_copy
     torch.testing.assert_close(model.decode(mean), enlarge_copy(small, 4 * patch_size))
     model.decode(mean + torch.randn_like(mean)).square().sum().backward()
     assert model.decoder.conv_out.weight.grad.abs().max() > 0
+
+
+def test_patches_of_pixels_keep_their_places():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderSizes(**{**vars(SIZES), "patch_size": 2})).double()
+    images, latents = torch.zeros(1, 3, 64, 64).double(), torch.zeros(1, 3, 8, 8).double()
+    changed, other = images.clone(), latents.clone()
+    changed[..., 8:16, 48:56] = 1  # latent (1, 6)
+    other[..., 1, 6] = 1
+    for moved in (model.encode(changed)[0] - model.encode(images)[0], model.decode(other) - model.decode(latents)):
+        energy = F.adaptive_avg_pool2d(moved.square().sum(1), 2)[0]
+        assert energy[0, 1] > 2 * energy.flatten()[[0, 2, 3]].max()

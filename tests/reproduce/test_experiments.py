@@ -17,6 +17,7 @@ from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.config import preset_config
 
 OURS = "ours, objects (the default)"
+THESIS = "ours, the thesis' form"
 
 
 def find_images(report) -> list[Path]:
@@ -116,7 +117,9 @@ def test_table_2_6_changes_only_the_decoding(small, tmp_path):
     for label, decoding in rows.items():
         config = json.loads((tmp_path / "runs" / f"small-photos-{label}-seed0" / "config.json").read_text())
         assert config["decoding"] == decoding and config["form"] == "regional"
-    assert all({"iou", "frechet"} <= set(read_means(report)[row]) for row in ("concat", "w/o weight sharing", OURS))
+    assert all(
+        {"iou", "frechet"} <= set(read_means(report)[row]) for row in ("concat", "w/o weight sharing", OURS, THESIS)
+    )
     assert len(find_images(report)) == 1
 
 
