@@ -21,7 +21,7 @@ from factorkit.utils.errors import ConfigError, DataError
 
 Predictor = Callable[[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]
 
-CLUSTER_SAMPLE_PIXELS = 20_000  # of the whole set; enough for two means in three dimensions
+CLUSTER_SAMPLE_PIXELS = 20_000  # enough for two means in three dimensions
 GRABCUT_MIN_SIDE = 256  # pixels of the shorter side that GrabCut works at
 
 
@@ -61,8 +61,7 @@ def two_means_image(images: NDArray, foreground: NDArray, valid: NDArray) -> NDA
 def two_means_set(images: NDArray, foreground: NDArray, valid: NDArray) -> NDArray:
     """Split the whole set into two colour clusters; the mapping to the object is fitted as for a model's regions."""
     pixels = images.reshape(-1, 3).astype(np.float32)
-    sample = np.random.default_rng(0).permutation(len(pixels))[:CLUSTER_SAMPLE_PIXELS]
-    labels = _fit_two_means(pixels[sample]).predict(pixels).reshape(images.shape[:3])
+    labels = _fit_two_means(pixels).predict(pixels).reshape(images.shape[:3])
     return np.isin(labels, fit_mapping(labels[: len(foreground)], foreground, valid, num_regions=2))
 
 
@@ -154,6 +153,8 @@ def _fit_two_means(pixels: NDArray) -> Any:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    if len(pixels) > CLUSTER_SAMPLE_PIXELS:
+        pixels = pixels[np.random.default_rng(0).permutation(len(pixels))[:CLUSTER_SAMPLE_PIXELS]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # an image of one colour has a single cluster
         return KMeans(2, n_init=3, random_state=0).fit(pixels)

@@ -23,6 +23,7 @@ SIDE = 299  # pixels of the network's input
 Size = int | tuple[int, int]
 Layer = tuple[int, Size]  # channels and kernel of a convolution
 RANDOM_CHANNELS = (16, 32, 32)  # of the three convolutions
+MIN_SIDE = 9  # of images, in pixels: three convolutions of which two halve
 FEATURE_BATCH = 512  # images per forward pass
 NEIGHBOURS = 3  # whose farthest bounds the ball of a point (Kynkäänniemi et al. 2019)
 FID_BATCH = 64  # images per forward pass
@@ -195,8 +196,10 @@ def random_features(images: Tensor, seed: int = 0) -> Tensor:
     Raises:
         DataError: another shape, or a side below 9 pixels.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 9:
-        raise DataError(f"images of shape {tuple(images.shape)}: give [N, 3, H, W] with sides of 9 pixels or more")
+    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIDE:
+        raise DataError(
+            f"images of shape {tuple(images.shape)}: give [N, 3, H, W] with sides of {MIN_SIDE} pixels or more"
+        )
     generator = torch.Generator().manual_seed(seed)
     weights, in_channels = [], 3
     for out_channels in RANDOM_CHANNELS:

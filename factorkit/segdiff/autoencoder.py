@@ -58,9 +58,7 @@ ROUND_TRIP = "round trip"  # the check's name
 # Training starts at the round trip of the small copy. After 300 steps it was 5 dB above on photos (docs/backbones.md).
 MIN_GAIN = 1.0  # dB above it
 GOOD_ROUND_TRIP = 40.0  # dB; images so smooth leave little to gain
-MAX_GROWTH = 4  # of the channels of a level, as a multiple of the first
-MIN_DOWNSAMPLING = 4
-DOWNSAMPLING = (MIN_DOWNSAMPLING, 8)
+DOWNSAMPLING = (4, 8)
 
 #: changes to the settings that all models share: a small network, and minutes of a CPU
 SETTINGS: dict[str, Any] = {
@@ -89,9 +87,9 @@ class AutoencoderConfig(EngineConfig):
     32."""
     latent_channels: int = 4
     """Channels of the latents. More keep more of the photo, and are harder to generate."""
-    model_channels: int = 16
-    """Channels of the first level of the network, at the resolution of the photo (half of it with downsample=8). Each
-    halving doubles them, up to four times."""
+    model_channels: int = 32
+    """Channels of the first of two levels of the network, a pixel of which is a square of downsample / 2 pixels of the
+    photo. The second, at the sides of the latents, has twice as many."""
     num_res_blocks: int = 1
     """Residual blocks per level of the encoder. The decoder has one more."""
     norm_groups: int = 8
@@ -144,15 +142,13 @@ class AutoencoderConfig(EngineConfig):
     @property
     def sizes(self) -> AutoencoderSizes:
         """The sizes of the network."""
-        patch_size = self.downsample // MIN_DOWNSAMPLING  # a level of convolutions at all pixels took most of the time
-        levels = range(int(math.log2(self.downsample // patch_size)) + 1)
         return AutoencoderSizes(
-            channels=tuple(self.model_channels * min(2**level, MAX_GROWTH) for level in levels),
+            channels=(self.model_channels, 2 * self.model_channels),
             num_res_blocks=self.num_res_blocks,
             latent_channels=self.latent_channels,
             norm_groups=self.norm_groups,
             shortcuts=self.latent_channels >= IMAGE_CHANNELS,
-            patch_size=patch_size,
+            patch_size=self.downsample // 2,  # levels of convolutions at all pixels took most of the time
         )
 
     def counts(self) -> dict[str, int]:

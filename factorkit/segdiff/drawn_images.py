@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.engine.run_log import RunLog
-from factorkit.metrics.frechet import frechet_distance, precision_recall, random_features
+from factorkit.metrics.frechet import MIN_SIDE, frechet_distance, precision_recall, random_features
 from factorkit.report.content import Check, judged_alarms, log_checks
 from factorkit.segdiff.alarms import MIN_JUDGED_STEPS
 from factorkit.utils.errors import DataError, format_count
@@ -129,12 +129,14 @@ def choose_photos(count: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
 def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor, latent_factor: int = 1) -> DrawnScores:
     """Score ``drawn`` images [n, 3, R, R] in [0, 1] against photos; ``others`` has as many, ``reference`` any number.
 
-    Grain and structure are those of images averaged to R / latent_factor pixels a side: a decoder of latents makes even
-    noise smooth.
+    They are averaged to R / latent_factor pixels a side, or a few more where these are below 9, before: a decoder of
+    latents makes even noise smooth.
 
     Raises:
         DataError: too few images, or sides below 9 pixels.
     """
+    factor = max(1, min(latent_factor, drawn.shape[3] // MIN_SIDE))
+    drawn, reference, others = (F.avg_pool2d(images, factor) for images in (drawn, reference, others))
     generator = torch.Generator().manual_seed(derived_seed("shuffled pixels"))
     noise = torch.stack(
         [image.flatten(1)[:, torch.randperm(image[0].numel(), generator=generator)].view_as(image) for image in others]
@@ -142,9 +144,9 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor, latent_factor:
     photos, own, other, shuffled = map(random_features, (reference, drawn, others, noise))
     precision, recall = precision_recall(other, own)
     photos_precision, photos_recall = precision_recall(other, photos[: len(own)])
-    small, small_photos = (F.avg_pool2d(images, latent_factor) for images in (drawn, torch.cat([reference, others])))
-    grain, grain_by_chance = measure_grain(small, small_photos)
-    noise_in_detail, noise_by_chance = measure_noise_in_detail(small, small_photos)
+    known = torch.cat([reference, others])
+    grain, grain_by_chance = measure_grain(drawn, known)
+    noise_in_detail, noise_by_chance = measure_noise_in_detail(drawn, known)
     return DrawnScores(
         images=len(drawn),
         frechet=frechet_distance(own, photos),

@@ -59,9 +59,7 @@ class LatentSpace(PixelSpace):
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the scaled mean latents [B, C, H / f, W / f]."""
-        with torch.no_grad(), without_autocast(images.device):
-            latents = self._on(images.device).encode(images.float())[0]
-            return (latents - self.mean[:, None, None]) / self.deviation[:, None, None]
+        return self._scale(self._encode(images))
 
     def decode(self, x: Tensor) -> Tensor:
         """Return images [B, 3, f h, f w], clipped."""
@@ -95,18 +93,10 @@ class LatentSpace(PixelSpace):
             raise CheckpointError(f"{path} does not hold the autoencoder of this run's latents") from error
         return cls(build_autoencoder(path, own, int(groups)), mean, deviation)
 
-    @torch.no_grad()
-    def measure(self, images: np.ndarray, device: torch.device) -> None:
-        """Set mean and deviation by images uint8 [N, R, R, 3]. Collective."""
-        self.mean, self.deviation = torch.zeros_like(self.mean), torch.ones_like(self.deviation)
-        chosen = images[:: -(-len(images) // MEASURED_IMAGES)]
-        latents = self.encode_all(chosen, False, device).float().transpose(0, 2).flatten(1)
-        self.mean, self.deviation = latents.mean(1), latents.std(1).clamp_min(MIN_DEVIATION)
-
-    def encode_all(self, images: np.ndarray, mirrored: bool, device: torch.device) -> Tensor:
+    def encode_all(self, images: np.ndarray, mirrored: bool, device: torch.device, measure: bool = False) -> Tensor:
         """Return the latents of images uint8 [N, R, R, 3] and, if ``mirrored``, of their mirror images. Collective.
 
-        fp16 [N, 1 or 2, C, h, w] on the CPU.
+        ``measure`` sets mean and deviation by them first. fp16 [N, 1 or 2, C, h, w] on the CPU.
         """
 
         def share(rows: slice) -> Tensor:
@@ -115,10 +105,26 @@ class LatentSpace(PixelSpace):
                 pixels = np.array(images[start : min(start + ENCODING_BATCH_SIZE, rows.stop)])
                 batch = pixels_to_signed(torch.from_numpy(pixels)).to(device)
                 views = [batch, batch.flip(3)] if mirrored else [batch]
-                parts.append(torch.stack([self.encode(view) for view in views], 1).half().cpu())
+                parts.append(torch.stack([self._encode(view) for view in views], 1).half().cpu())
             return torch.cat(parts)
 
-        return distributed.map_shares(share, len(images))
+        # Rounded before they are scaled: a run that resumes with its stored mean and deviation has the same latents.
+        latents = distributed.map_shares(share, len(images))
+        if measure:
+            chosen = latents[:: -(-len(latents) // MEASURED_IMAGES), 0].float().transpose(0, 1).flatten(1)
+            self.mean, self.deviation = chosen.mean(1), chosen.std(1).clamp_min(MIN_DEVIATION)
+        for part in latents.split(ENCODING_BATCH_SIZE):
+            part.copy_(self._scale(part.to(self.mean.device).float()))
+        return latents
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """Return the mean latents [B, C, H / f, W / f], not scaled."""
+        with without_autocast(images.device):
+            return self._on(images.device).encode(images.float())[0]
+
+    def _scale(self, latents: Tensor) -> Tensor:
+        return (latents - self.mean[:, None, None]) / self.deviation[:, None, None]
 
 
 def open_autoencoder(path: str | Path) -> Autoencoder:

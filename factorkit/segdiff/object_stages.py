@@ -39,6 +39,7 @@ from factorkit.segdiff.masks.objects import (
     ObjectMasks,
     fit_colors,
     measure_cue,
+    measured_side,
     pool_masks,
     resize,
     scale_lab,
@@ -47,13 +48,12 @@ from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, unexplained_noise
 from factorkit.segdiff.masks.typical import MIN_IMAGES, measure_appearance
 from factorkit.utils import distributed
-from factorkit.utils.images import pixels_to_signed
+from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import derived_seed
 
 MAX_IMAGES = 1024  # of the training set that the stages use
 MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
 MAX_CUE_SIDE = 64  # pixels of the cues that are kept
-MAX_LATENT_IMAGE_SIDE = 64  # pixels of the images of a latent run, as the stages use them
 STAGE_BATCH_SIZE = 16
 TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 # The cue is used if it explains so much of the noise that the mixture leaves unexplained without it (docs/results.md).
@@ -110,9 +110,8 @@ class ObjectStages:
             rows = np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(int)
         self.num_images = len(images)
         all_used = len(rows) == len(images)
-        self.images = images if all_used else images[rows]
+        self.images = shrink(images if all_used else images[rows], measured_side(config.resolution, config.side))
         self.latents = latents if latents is None or all_used else latents[rows]
-        self.side = min(MAX_LATENT_IMAGE_SIDE, config.resolution) if config.latent_channels else config.resolution
 
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
@@ -182,13 +181,13 @@ class ObjectStages:
     @cached_property
     def cues(self) -> Tensor:
         """The cue of every image [N, S, S] on the CPU, S at most MAX_CUE_SIDE."""
-        side = min(MAX_CUE_SIDE, self.config.resolution)
+        side = min(MAX_CUE_SIDE, self.images.shape[1])
         return self.map_images(lambda images, rows: measure_cue(resize(images, side, side)))
 
     @cached_property
     def small_images(self) -> tuple[Tensor, Tensor]:
         """Small copies of the images [N, 3, S, S] and their cues [N, S, S], on the device."""
-        side = min(MAX_MIXTURE_SIDE, self.config.resolution)
+        side = min(MAX_MIXTURE_SIDE, self.images.shape[1])
         images = self.map_images(lambda images, rows: resize(images, side, side))
         return images.to(self.device), resize(self.cues[:, None], side, side)[:, 0].to(self.device)
 
@@ -317,7 +316,7 @@ class ObjectStages:
             for start in range(rows.start, rows.stop, BATCH_SIZE):
                 batch = slice(start, min(start + BATCH_SIZE, rows.stop))
                 images = pixels_to_signed(torch.from_numpy(np.array(used[batch]))).contiguous()
-                parts.append(work(resize(images.to(self.device), self.side, self.side), batch).cpu())
+                parts.append(work(images.to(self.device), batch).cpu())
             return torch.cat(parts)
 
         return distributed.map_shares(share, len(used))
@@ -356,6 +355,15 @@ class ObjectStages:
         if distributed.rank() == 0:
             with RunLog(self.folder) as log:
                 log.event("objects", step=0, message=message)
+
+
+def shrink(images: np.ndarray, side: int) -> np.ndarray:
+    """Return images uint8 [N, R, R, 3] averaged to ``side`` pixels; themselves where they have as many."""
+    if images.shape[1] == side:
+        return images
+    starts = range(0, len(images), BATCH_SIZE)
+    batches = (pixels_to_signed(torch.from_numpy(np.array(images[i : i + BATCH_SIZE]))) for i in starts)
+    return np.concatenate([signed_to_pixels(resize(batch, side, side)) for batch in batches])
 
 
 class TimedStages(ObjectStages):

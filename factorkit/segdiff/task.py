@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
+from factorkit.segdiff.masks.objects import measured_side, resize
 from factorkit.segdiff.masks.proposal import MaskProposer
 from factorkit.segdiff.masks.spatial_mixture import noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedDenoiser, PixelSpace
@@ -200,9 +202,10 @@ class SegdiffTask(ImageTask):
 
     def alarms(self, model: nn.Module) -> Alarms:
         """Measure the label-free alarms of ``model`` on the probe images."""
-        masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
-        masks_of_flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
-        alarms = measure_alarms(self.probes, masks, masks_of_flipped, objects=self.config.masks == "auto")
+        side = measured_side(self.config.resolution, self.config.side)
+        predict = partial(predict_masks, model, t=self.config.segment_t, schedule=self.schedule, side=side)
+        probes, objects = resize(self.probes, side, side), self.config.masks == "auto"
+        alarms = measure_alarms(probes, predict(self.probes), predict(self.probes.flip(3)), objects)
         if self.config.masks == "network" or self.config.latent_channels:
             return alarms
         proposer = cast(MaskProposer, model.masks)

@@ -225,12 +225,9 @@ def encode_images(
     autoencoder: Autoencoder, images: np.ndarray, random_flip: bool, folder: Path, device: torch.device
 ) -> tuple[LatentSpace, np.ndarray]:
     """Return the space of a run in ``folder``, which it may store already, and the latents of its images, in fp16."""
-    if (folder / COPY_NAME).exists():
-        space = read_space(folder)
-    else:
-        space = LatentSpace(autoencoder)
-        space.measure(images, device)
-    return space, space.encode_all(images, random_flip, device).numpy()
+    stored = (folder / COPY_NAME).exists()
+    space = read_space(folder) if stored else LatentSpace(autoencoder)
+    return space, space.encode_all(images, random_flip, device, measure=not stored).numpy()
 
 
 def settle_regions(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:

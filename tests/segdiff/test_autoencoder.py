@@ -77,9 +77,9 @@ def test_train_autoencoder_impossible_setting_raises(tmp_path, images, changes, 
 
 
 @pytest.mark.parametrize("downsample", [4, 8])
-def test_config_sizes_have_the_factor_and_three_levels(downsample):
+def test_config_sizes_of_both_factors_have_two_levels(downsample):
     sizes = AutoencoderConfig(downsample=downsample).sizes
-    assert sizes.downsample == downsample and len(sizes.channels) == 3
+    assert sizes.downsample == downsample and sizes.channels == (32, 64)
 
 
 @pytest.mark.slow

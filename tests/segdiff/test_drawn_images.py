@@ -136,6 +136,12 @@ def test_score_drawn_noise_that_a_decoder_made_smooth_is_found_at_the_size_of_th
     assert at_full_size.grain < MAX_GRAIN < 2 * MAX_GRAIN < at_latents.grain
 
 
+def test_score_drawn_latents_of_few_pixels_are_measured_at_9_pixels_or_more():
+    photos = torch.rand(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scores = score_drawn(photos[:16], photos[16:32], photos[32:], latent_factor=8)  # 4 x 4 latents
+    assert scores.images == 16 and np.isfinite(list(scores.to_dict().values())).all()
+
+
 def test_choose_photos_are_apart_and_as_many_as_there_are():
     for count in (32, 50, 3000):
         reference, others = choose_photos(count, N)

@@ -19,10 +19,11 @@ from factorkit.data import draw_flowers
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.inference.segment import lift_masks
+from factorkit.segdiff.inference.segment import lift_masks, predict_masks
 from factorkit.segdiff.latents import LatentSpace, open_autoencoder
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import MaskNetwork, resize
+from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.segdiff.train import advise_size, settle_latents
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
@@ -72,12 +73,12 @@ def trained(tmp_path_factory, images):
 
 def test_latent_space_has_unit_latents_on_the_training_set(images):
     space = LatentSpace(make_autoencoder())
-    space.measure(images, CPU)
+    stored = space.encode_all(images, True, CPU, measure=True)
     latents = space.encode(pixels_to_signed(torch.from_numpy(images)))
     assert latents.shape == (24, 4, 8, 8)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=2e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=2e-3, rtol=0)
-    stored = space.encode_all(images, True, CPU)
+    assert torch.equal(space.encode_all(images, True, CPU), stored)  # as on resuming
     mirrored = space.encode(pixels_to_signed(torch.from_numpy(images)).flip(3))
     torch.testing.assert_close(stored.float(), torch.stack([latents, mirrored], 1), atol=1e-2, rtol=1e-2)
     decoded = space.autoencoder.decode(latents * space.deviation[:, None, None] + space.mean[:, None, None])
@@ -108,6 +109,24 @@ def test_latent_run_has_object_masks_that_follow_the_pixels_of_the_photo(trained
     torch.testing.assert_close(noisy, masks.network(latents, t + 1).softmax(1))
     assert masks.typical.limits.isfinite().all()
     assert len(trained.segment(images[:2]).unlike) == 2
+
+
+@pytest.mark.slow
+def test_predict_masks_with_a_side_are_those_of_the_smaller_photos(trained, images):
+    photos, masks = pixels_to_signed(torch.from_numpy(images[:2])), trained.model.masks
+    small = predict_masks(trained.model, photos, 0, trained.schedule, side=16)
+    with torch.no_grad():
+        network = masks.network(trained.model.space.encode(photos), torch.zeros(2, dtype=torch.int64)).softmax(1)
+        expected = masks.align_with_colors(resize(photos, 16, 16), resize(network, 16, 16))
+    torch.testing.assert_close(small, expected)
+
+
+def test_object_stages_of_latents_measure_small_copies_of_the_photos(tmp_path):
+    settings = {"resolution": 256, "regions": 2, "masks": "auto", "latent_channels": 4, "latent_factor": 8}
+    photos = np.random.default_rng(0).integers(0, 256, (40, 256, 256, 3), np.uint8)
+    stages = ObjectStages(preset_config("demo", **settings).resolved(), photos, tmp_path, {}, CPU, False)
+    expected = photos.reshape(40, 32, 8, 32, 8, 3).mean((2, 4))
+    assert stages.images.shape == (40, 32, 32, 3) and np.abs(stages.images - expected).max() <= 0.51
 
 
 def test_distil_task_reads_the_latents_of_the_images_not_of_their_mirror_images():

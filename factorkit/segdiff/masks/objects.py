@@ -26,6 +26,7 @@ from factorkit.utils.images import signed_to_lab
 
 GRID_SIDE = 16  # cells along the short side of what the network sees
 LOGITS_SIDE = 2 * GRID_SIDE
+COARSE_SIDE = 64  # pixels along the short side that suffice for the cells of shapes
 MAX_PATCH = 4  # pixels along a side of a cell
 CHANNELS, EMBED, NORM_GROUPS = (32, 64, 96), 128, 8  # of the network's levels, at 16, 8 and 4 cells
 LAB_SCALE, LAB_OFFSET = (50.0, 30.0, 30.0), (1.0, 0.0, 0.0)  # bring Lab colours to about [-1, 1]
@@ -83,7 +84,10 @@ class ObjectMasks(MaskProposer):
 
     def align_with_colors(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the network's and their shapes."""
-        prior = pool_masks((SHAPE_WEIGHT, self.shape(self.align_coarsely(images, masks))), (NETWORK_WEIGHT, masks))
+        factor = max(1, min(images.shape[2:]) // COARSE_SIDE)
+        small = [resize(x, x.shape[2] // factor, x.shape[3] // factor) for x in (images, masks)]
+        shape = resize(self.shape(self.align_coarsely(*small)), *masks.shape[2:])
+        prior = pool_masks((SHAPE_WEIGHT, shape), (NETWORK_WEIGHT, masks))
         return fit_colors(scale_lab(images), prior, smooth=True)
 
     def align_coarsely(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -114,6 +118,14 @@ class ObjectMasks(MaskProposer):
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return none: the branches' training does not change the masks."""
         return []
+
+
+def measured_side(resolution: int, side: int) -> int:
+    """Return the side in pixels at which photos of ``resolution`` pixels are measured if a network sees ``side``.
+
+    Masks are learned at LOGITS_SIDE. More pixels than the network sees would take a latent run longer than training.
+    """
+    return min(resolution, max(LOGITS_SIDE, side))
 
 
 def measure_cue(images: Tensor) -> Tensor:
