@@ -1,8 +1,8 @@
 """A KL-regularised autoencoder of images (Rombach et al. 2022), with the tensor names of diffusers' AutoencoderKL.
 
 Those trained here add shortcuts without weights, as those of Chen et al. (2024, DC-AE): the latents start as the image
-made small and the output as that copy enlarged, and the network learns what they lack. Their convolutions may work on
-squares of pixels as channels, which costs a quarter of the time for squares of 2 x 2.
+made small and the output as that copy enlarged, and the network learns what they lack. Their convolutions work on
+squares of pixels as channels: convolutions at all pixels took most of the time.
 """
 
 from __future__ import annotations

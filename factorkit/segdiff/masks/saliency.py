@@ -60,7 +60,8 @@ def saliency(images: Tensor) -> Tensor:
     second &= ~torch.eye(len(cells), dtype=torch.bool)
     weights = torch.exp(-color_distance.square() / (2 * COLOR_SCALE**2)) * second + MIN_SMOOTHNESS * touching
     total = weights.sum(2) + GROUND_WEIGHT * ground + contrast + 1e-6
-    smooth = torch.linalg.solve(torch.diag_embed(total) - weights, contrast[..., None])[..., 0]
+    factor = torch.linalg.cholesky(torch.diag_embed(total) - weights)  # symmetric, and its diagonal dominates
+    smooth = torch.cholesky_solve(contrast[..., None], factor)[..., 0]
     strength = (color_distance.amax((1, 2)) / COLOR_SCALE).clamp_max(1)
     values = (strength[:, None] * _stretch(smooth)).unflatten(1, (1, rows, columns))
     return F.interpolate(values, size=size, mode="bilinear", align_corners=False)[:, 0]
