@@ -39,7 +39,7 @@ class Textbook(nn.Module):
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), None))
         logits = at_least_fp32(decode(net.masks.decoder, h, skips[net.masks.skips_left_out :], embedding, None))
         if net.masks.upsample > 1:
-            logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
+            logits = upsample(logits)
         if net.masks.norm is not None:
             logits = net.masks.norm(logits)
         masks = logits.softmax(1)
@@ -56,6 +56,11 @@ class Textbook(nn.Module):
             one = lambda k: decode(net.decoder, h, skips, embeddings[:, k], [m[:, k : k + 1] for m in pyramid])  # noqa: E731
             outs = torch.stack([one(k) for k in range(regions)], dim=1)
         return Denoised((at_least_fp32(outs) * masks[:, :, None]).sum(1), Regions(masks, None))
+
+
+@torch.compiler.disable  # Inductor of torch 2.13 gives it zero gradients (pytorch issue 185509, docs/speed.md)
+def upsample(logits: Tensor) -> Tensor:
+    return F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def encode(net: FactorizedDenoiser, x: Tensor, embedding: Tensor) -> list[Tensor]:
