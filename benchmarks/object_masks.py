@@ -106,7 +106,8 @@ def make_views(name: str, data: Path) -> tuple[Views, Tensor | None]:
         views = make_capture(CAPTURE_FAULTS, size=SIDE)
     assert views.masks is not None
     behind = 0.0 if views.background is None else views.background.view(1, 3, 1, 1)
-    changed = views.images + (1 - views.masks) * (make_backgrounds(background, len(views), data) - behind)
+    clear = 1 - views.masks
+    changed = views.images - clear * behind + clear * make_backgrounds(background, len(views), data)
     return replace(views, images=changed.clamp(0, 1), masks=None, background=None), views.masks[:, 0] > 0.5
 
 
