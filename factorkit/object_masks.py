@@ -23,10 +23,13 @@ from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views, resize_area
 from factorkit.engine.run_folder import read_object, write_json
+from factorkit.mask_checks import HELP, check_object_masks, shrink
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.report.content import judged_alarms
+from factorkit.nerfdiff.verdict import MASK_FAILURES, log_alarms
+from factorkit.report.content import Record, judged_alarms, log_checks, read_checks
 from factorkit.segdiff import train as segdiff
+from factorkit.segdiff.alarms import MEAN_MASK, OWN_MEAN
 from factorkit.segdiff.inference.cutout_region import choose_cutout_region
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils import distributed
@@ -50,7 +53,6 @@ MIN_STILL_VIEWS = 8  # that show a background in turn
 BACKGROUND_CANDIDATES, MAX_COMPARED_VIEWS = 24, 100  # views whose colours may be the background's, and that confirm it
 STILL_TOLERANCE = 12  # of 255, by which a background that does not move differs at most
 MIN_STILL_BORDER = 0.9  # share of the border's pixels that must stand still, or have one colour
-HELP = "Look at the masks, and give others, or none"
 MASK_FOLDER, RECORD = "masks", "object_masks.json"  # in the folder of the segdiff run
 
 
@@ -100,8 +102,11 @@ def train_nerfdiff(
         return nerfdiff.train_nerfdiff(data, out=out, preset=preset, progress=progress, masks=masks, **options)
     nerfdiff.check_options(data, preset, options)
     folder = nerfdiff.choose_folder(data, out, preset)
-    data, masks = add_object_masks(data, folder.with_name(f"{folder.name}_masks"), options, progress)
-    return nerfdiff.train_nerfdiff(data, out=folder, preset=preset, progress=progress, masks=masks, **options)
+    made = folder.with_name(f"{folder.name}_masks")
+    data, masks = add_object_masks(data, made, options, progress)
+    run = nerfdiff.train_nerfdiff(data, out=folder, preset=preset, progress=progress, masks=masks, **options)
+    distributed.run_on_first(lambda: add_mask_checks(folder, judge_masks(made)))
+    return run
 
 
 def estimate(data: Any = None, *, masks: Any = None, **options: Any) -> dict[str, Any]:
@@ -185,13 +190,39 @@ def make_object_masks(
         digest.update(image.tobytes())
     key, target = digest.hexdigest(), folder / MASK_FOLDER
     note = distributed.run_on_first(lambda: _write_masks(run, images, small, is_still, files, target, key, progress))
-    _, failures = judged_alarms(read_log(folder))
     if not distributed.rank():
         if progress:
             print(f"masks: {note}", file=sys.stderr)
-        if failures:
-            print(f"masks: probably not of an object: {'; '.join(failures)}. {HELP}", file=sys.stderr)
+        result = judge_masks(folder)
+        if failures := result["failures"]:
+            print(f"masks: probably not of one object: {'; '.join(failures)}. {HELP}", file=sys.stderr)
+        elif progress:
+            checked = ", ".join(check["name"] for check in result["checks"] if check["status"] == "passed")
+            print(f"masks: no alarm went off, of: {checked or 'no check, since none ran'}", file=sys.stderr)
     return target
+
+
+def judge_masks(folder: Path) -> Record:
+    """Return the "checks" and "failures" of the masks in the folder of a segdiff run, and of the model that made them.
+
+    None is decisive for a scene. Agreement with the mean mask is left out: an object may look alike from all sides.
+    """
+    log, made = read_log(folder), read_object(folder / RECORD)
+    model = [check for check in read_checks(log) if check.get("name") != MEAN_MASK]
+    failures = [failure for failure in judged_alarms(log)[1] if not failure.endswith(OWN_MEAN)]
+    checks = [check | {"decisive": False} for check in [*made["checks"], *model]]
+    return {"checks": checks, "failures": [*made["failures"], *failures]}
+
+
+def add_mask_checks(folder: Path, masks: Record) -> None:
+    """Add the checks of object masks to the newest alarms of a nerfdiff run, once."""
+    alarms, failures = judged_alarms(read_log(folder))
+    if alarms is None or MASK_FAILURES in alarms:
+        return
+    named = [f"object masks, {failure}" for failure in masks["failures"]]
+    checks = [check | {"name": f"object masks: {check['name']}"} for check in masks["checks"]]
+    added = {"checks": [*alarms.get("checks", ()), *checks], "failures": [*failures, *named]}
+    log_alarms(folder, alarms | added | {MASK_FAILURES: named})
 
 
 def remove_still_background(images: Sequence[Image.Image]) -> tuple[list[Image.Image], bool]:
@@ -254,17 +285,19 @@ def _write_masks(
 ) -> str:
     """Write the masks unless those of the same key are there; return a sentence on them."""
     record = target.with_name(RECORD)
-    if record.is_file() and (stored := read_object(record)).get("key") == key:
+    if record.is_file() and (stored := read_object(record)).get("key") == key and "checks" in stored:
         return f"{stored['note']} Made before."
     predict = run.predictor(None, "fast")
     region, reason = choose_cutout_region(run.config, "auto", run.scores, PillowSource(small), predict)
-    shares = []
+    shares, compared = [], list[tuple[np.ndarray, np.ndarray]]()
     for i, file in enumerate(tqdm(files, desc="object masks", disable=not progress, leave=False)):
         pixels = images[i]()
         share = run.segment(small[i] if is_still else pixels).masks[0][list(region)].sum(0)
         inside = resize_area(share, *pixels.shape[:2]) > 0.5
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        save_image(Image.fromarray(unit_to_uint8(inside)), target / file)
+        mask = Image.fromarray(unit_to_uint8(inside))
+        save_image(mask, target / file)
+        compared.append(shrink(Image.fromarray(pixels), mask))
         shares.append(float(inside.float().mean()))
     low, high = OBJECT_SHARES
     odd = [file for file, share in zip(files, shares, strict=True) if not low <= share <= high]
@@ -281,7 +314,7 @@ def _write_masks(
         note += " The background does not move in any view, and was painted in one colour before."
     if odd:
         note += f" Hardly an object in {format_count(len(odd), 'view')}: {format_examples(odd)}."
-    write_json(record, {"key": key, "note": note})
+    write_json(record, {"key": key, "note": note, **log_checks(check_object_masks(*zip(*compared, strict=True)))})
     return note
 
 

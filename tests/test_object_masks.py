@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,8 +14,15 @@ import factorkit
 from factorkit import object_masks
 from factorkit.cli.main import main
 from factorkit.data.procedural.scene import make_procedural_views
+from factorkit.engine.run_folder import write_json
+from factorkit.engine.run_log import RunLog
+from factorkit.mask_checks import HELP
+from factorkit.nerfdiff.search_record import judge_run
+from factorkit.report.content import Check
+from factorkit.segdiff.alarms import MEAN_MASK, OWN_MEAN
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.files import read_log, timeline
 from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.conftest import TINY as SCENE
 from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
@@ -50,9 +58,12 @@ def test_train_nerfdiff_segdiff_masks_become_the_masks_of_the_views(tmp_path, ph
     assert (tmp_path / "run/samples/000000_masks.png").is_file()
     text = capsys.readouterr().err
     assert "10 masks in" in text and "trained on these views" in text and "region 0, the object" in text
+    log = read_log(run.folder)
+    names = [check["name"] for check in timeline(log, "alarms")[-1]["checks"]]
+    assert "object masks: views whose mask reaches the border" in names and "agreement with the visual hull" in names
     times = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
     again = factorkit.train_nerfdiff(photos, out=tmp_path / "run", masks="segdiff", **SCENE)
-    assert torch.equal(again.poses, run.poses)
+    assert torch.equal(again.poses, run.poses) and len(read_log(run.folder)) == len(log)
     assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == times
 
 
@@ -94,15 +105,61 @@ def test_make_object_masks_without_an_object_are_refused(tmp_path, photos, monke
         object_masks.add_object_masks(photos, tmp_path / "masks", {}, progress=False)
 
 
-def test_make_object_masks_failed_alarms_are_printed_without_progress(tmp_path, monkeypatch, capsys):
-    alarms = {"event": "alarms", "step": 1, "failures": ["masks without objects: 0.10 < 0.25"]}
+MADE = {"checks": [{"name": "border", "status": "failed", "decisive": False, "value": 1.0}], "failures": ["cut"]}
+
+
+@pytest.fixture
+def write_log(tmp_path):
+    """Function that writes an "alarms" event into the log of a folder, and returns the folder."""
+
+    def write(name: str, **event) -> Path:
+        with RunLog(tmp_path / name) as log:
+            log.event("alarms", step=1, **event)
+        return tmp_path / name
+
+    return write
+
+
+def test_make_object_masks_failed_alarms_are_printed_without_progress(write_log, monkeypatch, capsys):
+    failure = "masks without objects: 0.10 < 0.25"
+    folder = write_log("masks", failures=[failure, f"split by position: 0.92 > 0.9 with {OWN_MEAN}"])
+    write_json(folder / object_masks.RECORD, MADE)
     monkeypatch.setattr(object_masks.segdiff, "train_segdiff", Mock())
     monkeypatch.setattr(object_masks, "_write_masks", Mock(return_value="3 masks"))
-    monkeypatch.setattr(object_masks, "read_log", lambda folder: [alarms])
     pixels = np.zeros((8, 8, 3), np.uint8)
-    object_masks.make_object_masks([lambda: pixels], ["0.png"], tmp_path / "masks", progress=False)
+    object_masks.make_object_masks([lambda: pixels], ["0.png"], folder, progress=False)
     text = capsys.readouterr().err
-    assert text == f"masks: probably not of an object: {alarms['failures'][0]}. {object_masks.HELP}\n"
+    assert text == f"masks: probably not of one object: cut; {failure}. {HELP}\n"
+
+
+def test_make_object_masks_without_failures_names_what_was_checked(write_log, monkeypatch, capsys):
+    folder = write_log("masks", failures=[], checks=[{"name": "place gain", "status": "passed", "decisive": True}])
+    checks = [{"name": "border", "status": "passed"}, {"name": "colours", "status": "not run"}]
+    write_json(folder / object_masks.RECORD, {"checks": checks, "failures": []})
+    monkeypatch.setattr(object_masks.segdiff, "train_segdiff", Mock())
+    monkeypatch.setattr(object_masks, "_write_masks", Mock(return_value="3 masks"))
+    object_masks.make_object_masks([lambda: np.zeros((8, 8, 3), np.uint8)], ["0.png"], folder, progress=True)
+    assert "masks: no alarm went off, of: border, place gain\n" in capsys.readouterr().err
+
+
+def test_judge_masks_leaves_out_agreement_with_the_mean_mask_and_decides_nothing(write_log):
+    checks = [Check(MEAN_MASK, 0.95, high=0.9), Check("place gain", 0.3, low=0.05, decisive=True)]
+    folder = write_log("masks", failures=[], checks=[check.to_dict() for check in checks])
+    write_json(folder / object_masks.RECORD, MADE)
+    judged = object_masks.judge_masks(folder)["checks"]
+    assert [check["name"] for check in judged] == ["border", "place gain"]
+    assert not any(check["decisive"] for check in judged)
+
+
+def test_add_mask_checks_are_in_log_and_report_once_and_reject_no_search(write_log):
+    folder = write_log("run", failures=[], checks=[], held_out_cross=0.1)
+    for _ in range(2):
+        object_masks.add_mask_checks(folder, MADE)
+    alarms = read_log(folder)
+    assert len(alarms) == 2 and alarms[-1]["failures"] == ["object masks, cut"] and alarms[-1]["held_out_cross"] == 0.1
+    assert [check["name"] for check in alarms[-1]["checks"]] == ["object masks: border"]
+    assert not judge_run(folder, "dictionary").problem
+    assert "Failed: object masks, cut" in (folder / "report.html").read_text()
 
 
 def test_train_nerfdiff_segdiff_masks_of_an_iterator_are_refused(tmp_path):

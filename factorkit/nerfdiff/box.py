@@ -71,14 +71,24 @@ class Foreground:
 
     def share_of_views(self, poses: Tensor, positions: Tensor) -> Tensor:
         """Return the share [P] of the cameras at poses [V, 4, 4] whose images contain positions [P, 3]."""
+        return self._project(poses, self.intrinsics, positions)[1].float().mean(0)
+
+    def covers(self, view: int, pose: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which positions [P, 3] a view at ``pose`` [4, 4] has scored pixels of, and which lie in its masks."""
+        pixels, seen = self._project(pose[None], self.intrinsics[view, None], positions)
+        height, width = self.masks.shape[1:]
+        column, row = pixels[0].floor().clamp_min(0).long().unbind(-1)
+        row, column = row.clamp_max(height - 1), column.clamp_max(width - 1)
+        return seen[0] & self.scored[view, row, column], seen[0] & self.masks[view, row, column]
+
+    def _project(self, poses: Tensor, intrinsics: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pixels [V, P, 2] of positions [P, 3], and whether they are in the images [V, P]."""
         local = (positions - poses[:, None, :3, 3]) @ poses[:, :3, :3]
         depth = -local[..., 2]
         pixels = torch.stack([local[..., 0], -local[..., 1]], -1) / depth[..., None].clamp_min(1e-6)
-        focal = self.intrinsics.diagonal(dim1=1, dim2=2)[:, None, :2]
-        pixels = pixels * focal + self.intrinsics[:, None, :2, 2]
+        pixels = pixels * intrinsics.diagonal(dim1=1, dim2=2)[:, None, :2] + intrinsics[:, None, :2, 2]
         height, width = self.masks.shape[1:]
-        inside = (pixels >= 0).all(-1) & (pixels <= pixels.new_tensor([width, height])).all(-1) & (depth > 0)
-        return inside.float().mean(0)
+        return pixels, (pixels >= 0).all(-1) & (pixels <= pixels.new_tensor([width, height])).all(-1) & (depth > 0)
 
     def _rays(self, poses: Tensor) -> tuple[Tensor, Tensor]:
         rays = image_rays(poses, self.intrinsics, *self.masks.shape[1:])

@@ -10,7 +10,7 @@ from typing import Any
 from factorkit.engine.run_folder import CONFIG, read_object, read_settings, write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
-from factorkit.nerfdiff.verdict import write_report
+from factorkit.nerfdiff.verdict import MASK_FAILURES, write_report
 from factorkit.report.content import judged_alarms
 from factorkit.utils.files import read_log
 
@@ -88,8 +88,9 @@ def load_record(folder: Path) -> SearchRecord:
 
 
 def judge_run(folder: Path, search: str) -> Trial:
-    """Return the trial of a finished run, by its newest alarms."""
+    """Return the trial of a finished run, by its newest alarms; those of its masks say nothing about the search."""
     alarms, failures = judged_alarms(read_log(folder))
+    failures = [failure for failure in failures if failure not in (alarms or {}).get(MASK_FAILURES, ())]
     cross = (alarms or {}).get("held_out_cross")
     return Trial(search, None if cross is None else float(cross), "; ".join(failures))
 

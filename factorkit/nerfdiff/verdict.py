@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from factorkit.engine.run_log import RunLog
 from factorkit.report import html
 from factorkit.report.content import (
     Curve,
@@ -21,6 +22,7 @@ from factorkit.report.content import (
 )
 from factorkit.utils.files import is_number
 
+MASK_FAILURES = "mask_failures"  # of alarms: those failures that are of masks made for the run
 MIN_SHARE_UNDER_10_DEG = 0.9  # share of cameras less than 10 degrees off from which a scene counts as solved
 
 
@@ -89,3 +91,10 @@ REPORT = ReportContent(
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``folder/report.html``; see :func:`factorkit.report.html.write_report`."""
     return html.write_report(folder, REPORT)
+
+
+def log_alarms(folder: Path, alarms: Record) -> None:
+    """Log the newest alarms of a run again, with what was added to them, and write its report."""
+    with RunLog(folder) as log:
+        log.event("alarms", **{key: value for key, value in alarms.items() if key not in ("event", "time")})
+    write_report(folder)

@@ -29,6 +29,8 @@ MIN_POSITION_SHARE, MAX_POSITION_SHARE = 0.05, 0.8  # success .20-.42, positiona
 MAX_BOUNDARY_LENGTH = 0.6  # of that of shuffled pixels: success .1-.36 from 16 px on, dithered .9-1
 MIN_FLIP_AGREEMENT = 0.5  # success .92 and more, positional about 0
 MAX_MEAN_MASK_AGREEMENT = 0.9
+MEAN_MASK = "agreement with the mean mask"  # the name of this check,
+OWN_MEAN = "their own mean over all images"  # and how the sentence of its failure ends
 MIN_COLOR_SHARE = 0.65  # success .87-.95, failure .05-.51
 MIN_JUDGED_STEPS = 100  # masks of shorter trainings still change
 TWO_MEANS_ITERATIONS = 15  # enough for two clusters in three dimensions
@@ -36,7 +38,7 @@ MIN_AREA = 0.01  # below it a region is dead; with all others dead, the masks ha
 CHECKS = (
     "smallest area",
     "position share",
-    "agreement with the mean mask",
+    MEAN_MASK,
     "boundary length",
     "flip agreement",
     "eta gap",
@@ -135,7 +137,7 @@ class Alarms:
         )
         mean = (
             f"split by position: the masks agree {self.mean_mask_agreement or 0:.2f} > {MAX_MEAN_MASK_AGREEMENT} with "
-            "their own mean over all images"
+            f"{OWN_MEAN}"
         )
         place = (
             f"masks without objects: colours are {self.place_gain or 0:.3f} < {MIN_PLACE_GAIN} nats a pixel more "
@@ -147,7 +149,7 @@ class Alarms:
         )
         checks += [
             Check("position share", self.position_share, MIN_POSITION_SHARE, max_position, tuple(position)),
-            _check_limit("agreement with the mean mask", self.mean_mask_agreement, mean, high=MAX_MEAN_MASK_AGREEMENT),
+            _check_limit(MEAN_MASK, self.mean_mask_agreement, mean, high=MAX_MEAN_MASK_AGREEMENT),
             _check_limit("boundary length", boundary_length, boundary, high=MAX_BOUNDARY_LENGTH),
             _check_limit("flip agreement", self.flip_agreement, flip, low=MIN_FLIP_AGREEMENT),
         ]

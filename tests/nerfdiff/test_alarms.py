@@ -174,8 +174,8 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
 
     monkeypatch.setattr(joint, "scene_alarms", alarms)
     monkeypatch.setattr(joint, "save_model_previews", lambda *args, **options: None)  # which takes most of the time
-    for module in ("pipeline", "stage_training"):
-        monkeypatch.setattr(f"factorkit.nerfdiff.stages.{module}.write_report", lambda folder: None)
+    for module in ("verdict", "stages.stage_training"):
+        monkeypatch.setattr(f"factorkit.nerfdiff.{module}.write_report", lambda folder: None)
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
 
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.alarms import duplication_check, silhouette_check, silhouette_offset
 from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
@@ -30,6 +29,7 @@ from factorkit.nerfdiff.held_out import (
     shared_error_reason,
     to_fields,
 )
+from factorkit.nerfdiff.hull import hull_check
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.scene import Scene, require_poses
@@ -39,7 +39,7 @@ from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.pose_search import FORWARD_COARSENESS, DictionarySearch
 from factorkit.nerfdiff.stages.refine import SceneFit
 from factorkit.nerfdiff.stages.stage_training import StageTraining
-from factorkit.nerfdiff.verdict import write_report
+from factorkit.nerfdiff.verdict import log_alarms
 from factorkit.report.content import Check, log_checks
 from factorkit.utils import distributed
 from factorkit.utils.errors import format_count
@@ -170,9 +170,7 @@ class Training(StageTraining):
 
     def log_alarms(self, alarms: dict[str, Any], failures: Sequence[str]) -> None:
         """Log the last alarms of the run again, with what was added to them, and print the new failures."""
-        with RunLog(self.folder) as log:
-            log.event("alarms", **{key: value for key, value in alarms.items() if key not in ("event", "time")})
-        write_report(self.folder)
+        log_alarms(self.folder, alarms)
         for failure in failures:
             tqdm.write(failure, file=sys.stderr)
 
@@ -218,7 +216,8 @@ class Training(StageTraining):
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
             offset = silhouette_offset(model.field, scene, model.views, self.config.samples_per_ray)
-            added = log_checks([*checks, silhouette_check(offset)])
+            hull = hull_check(scene.foreground, model.views, model.field.unbounded)
+            added = log_checks([*checks, silhouette_check(offset), hull])
             alarms |= {"held_out_checked": True, **to_fields(errors, noise), "silhouette_offset": offset}
             self.log_alarms(alarms | {key: [*alarms.get(key, ()), *added[key]] for key in added}, added["failures"])
 
