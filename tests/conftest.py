@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
-import torch
 
-from factorkit.report.curves import draw_curves
-
-# Tests allow the errors of fp32; torch's default for convolutions on a GPU is TF32, with 10 bits of mantissa.
-torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+# The process that hands the tests to others reads this file too: torch is imported in fixtures, not here.
 
 # Folders and modules of which nearly every test takes seconds: compilers, interpreted kernels, experiments, trainings.
 SLOW = (
     "benchmarks/",
+    "cli/test_every_writer.py",
     "csrc/",
     "kernels/",
     "nerfdiff/cameras/test_registration.py",
+    "nerfdiff/export/test_originals.py",
     "nerfdiff/fields/test_appearance.py",
     "nerfdiff/fields/test_background.py",
     "nerfdiff/fields/test_occupancy.py",
     "nerfdiff/stages/test_duplication.py",
+    "nerfdiff/test_box.py",
     "nerfdiff/test_commands.py",
     "nerfdiff/test_forward_run.py",
     "nerfdiff/test_kill.py",
     "nerfdiff/test_train.py",
     "nerfdiff/test_training_views.py",
     "reproduce/",
+    "segdiff/editing/test_recompose.py",
     "segdiff/test_choose_regions.py",
     "segdiff/test_hierarchy.py",
     "segdiff/test_resume.py",
@@ -50,6 +51,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection(session):
+    """Search no garbage during the collection: it frees next to nothing of what is imported."""
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def full_precision():
+    """Compute convolutions on a GPU in fp32, as tests expect: torch's default is TF32, of 10 bits of mantissa."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(scope="session", autouse=True)
 def reports_without_curves():
     """Leave the curves out of reports: drawing them takes longer than a tiny training."""
@@ -61,6 +79,8 @@ def reports_without_curves():
 @pytest.fixture(scope="module")
 def reports_with_curves():
     """Draw the curves of reports after all, until the end of the module."""
+    from factorkit.report.curves import draw_curves
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("factorkit.report.html.draw_curves", draw_curves)
         yield

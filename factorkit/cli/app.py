@@ -56,6 +56,7 @@ class App(Command):
     """Where to compute. auto uses a GPU if there is one."""
 
     def execute(self) -> Result:
+        """Open the page and serve it until it is closed."""
         gradio = import_gradio()
         from factorkit.cli.evaluate import judge_run
         from factorkit.segdiff.app import load_or_train

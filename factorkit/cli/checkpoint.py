@@ -57,6 +57,7 @@ class Checkpoint(Command):
     weights of the last step."""
 
     def execute(self) -> Result:
+        """List, verify, prune or export checkpoints."""
         actions = {"ls": self._list, "verify": self._verify, "prune": self._prune, "export": self._export}
         return actions[self.action]()
 

@@ -39,6 +39,7 @@ class Prepare(Command):
     """List the published data sets that are supported, with their expected files and where to get them."""
 
     def execute(self) -> Result:
+        """Prepare the data set, or list the supported ones."""
         if self.list:
             return _list_layouts()
         if self.data is None:

@@ -39,11 +39,13 @@ class Demo(Command):
     """Seed of the weights, the data order and the noise."""
 
     def execute(self) -> Result:
+        """Train on procedural data and show the results."""
         if self.model == "segdiff":
             return self._show_segdiff(self.out or Path("runs/demo"))
         return self._show_nerfdiff(self.out or Path("runs/demo-nerfdiff"))
 
     def exit_code(self, data: dict[str, Any]) -> int:
+        """Return 1 for a verdict that is neither good nor mixed."""
         return 0 if data["status"] in ("good", "mixed") else 1
 
     def _show_segdiff(self, out: Path) -> Result:

@@ -52,6 +52,7 @@ class Doctor(Command):
     """Report what is installed, what it runs on, what is missing, what that costs, and how to get it."""
 
     def execute(self) -> Result:
+        """Check the installation."""
         data = report()
         return data, format_report(data)
 

@@ -105,6 +105,7 @@ class Evaluate(RunCommand):
     )
 
     def execute(self) -> Result:
+        """Score the run."""
         if self.epipolar:
             return self._check_epipolar()
         if self.generation:

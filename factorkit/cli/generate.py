@@ -57,6 +57,7 @@ class Generate(OutputCommand):
     """Also write trajectory.png: the first 8 images and their regions during denoising."""
 
     def execute(self) -> Result:
+        """Write generated images with their masks."""
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils import distributed
         from factorkit.utils.output_record import OutputRecord
@@ -161,6 +162,7 @@ class Interpolate(OutputCommand):
     """Steps to the noise level, and back."""
 
     def execute(self) -> Result:
+        """Write the images between the two of each pair."""
         import numpy as np
         from PIL import Image
 
@@ -209,6 +211,7 @@ class Branches(OutputCommand):
     """Noise level. The default is a quarter of the schedule (250). At low levels each branch can copy its input."""
 
     def execute(self) -> Result:
+        """Write a grid of the branches of each image."""
         import numpy as np
         from PIL import Image
 
@@ -269,6 +272,7 @@ class Recompose(OutputCommand):
     """The same seed generates the same images."""
 
     def execute(self) -> Result:
+        """Write the edited images."""
         from PIL import Image
 
         from factorkit.data.open import open_source

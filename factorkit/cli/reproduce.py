@@ -61,6 +61,7 @@ class Reproduce(Command):
     """Where to train. auto uses a GPU if there is one."""
 
     def execute(self) -> Result:
+        """Reproduce a table or figure, or list them."""
         if self.list:
             return _list_experiments()
         if self.name is None:

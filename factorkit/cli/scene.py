@@ -48,6 +48,7 @@ class Pose(OutputCommand):
     the run's."""
 
     def execute(self) -> Result:
+        """Write the poses of the images."""
         from factorkit.utils import distributed
         from factorkit.utils.output_record import check_file, writing_file
 
@@ -95,6 +96,7 @@ class Reconstruct(OutputCommand):
     the run's."""
 
     def execute(self) -> Result:
+        """Write a grid of the images and the scene from their poses."""
         from PIL import Image
 
         from factorkit.nerfdiff.previews.views import disparity_pixels, draw_view_grid
@@ -163,6 +165,7 @@ class Render(OutputCommand):
     """Axis that points up, of a splat file from elsewhere. The default is z, and y of a .spz."""
 
     def execute(self) -> Result:
+        """Write the frames, as images or a video."""
         from factorkit.nerfdiff.camera_files import render_cameras
         from factorkit.nerfdiff.export.frames import check_frames, write_frames
         from factorkit.utils import distributed
@@ -201,6 +204,7 @@ class Sample(OutputCommand):
     """Also show the views during denoising."""
 
     def execute(self) -> Result:
+        """Write a grid of the generated views."""
         import numpy as np
         from PIL import Image
 
@@ -274,6 +278,7 @@ class Export(OutputCommand):
     """Where the training data are now. The default is where they were."""
 
     def execute(self) -> Result:
+        """Write the scene or its cameras."""
         options = {"kind": self.kind, "coordinates": self.coordinates, "data": self.data}
         written = _load_scene(self).export(self.out, overwrite=self.overwrite, **options)
         return {"out": str(written)}, f"written: {written}"

@@ -96,6 +96,7 @@ class Segment(OutputCommand):
     """With --video: use a video that is cut off or damaged as far as it goes."""
 
     def execute(self) -> Result:
+        """Write the labels of the images or the video."""
         if not self.paths:
             raise ConfigError("no images are given. Use: factorkit segment RUN PATHS... --out DIR")
         from factorkit.segdiff.run import SegdiffRun
@@ -189,6 +190,7 @@ class ChooseRegions(Command):
     """Where to train. auto uses a GPU if there is one."""
 
     def execute(self) -> Result:
+        """Train with each number of regions, and return the recommended one."""
         from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
 
         with report_interruption(self.out):

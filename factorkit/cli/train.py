@@ -83,6 +83,7 @@ class TrainSegdiff(Command):
     BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
 
     def execute(self) -> Result:
+        """Train, and return the verdict of the run."""
         from factorkit.cli.evaluate import format_scores, judge_run
         from factorkit.segdiff.config import SegdiffConfig
         from factorkit.segdiff.train import train_segdiff
@@ -192,6 +193,7 @@ class TrainNerfdiff(Command):
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:
+        """Train, and return the verdict of the run."""
         from factorkit.cli.evaluate import judge_run
         from factorkit.nerfdiff.config import NerfdiffConfig
         from factorkit.nerfdiff.verdict import REPORT
@@ -258,6 +260,7 @@ class TrainAutoencoder(Command):
     BASIC = (*COMMON, "model", "downsample", "latent_channels", "json")
 
     def execute(self) -> Result:
+        """Train, and return the verdict of the run."""
         from factorkit.cli.evaluate import judge_run
         from factorkit.segdiff.autoencoder import REPORT, AutoencoderConfig, estimate, train_autoencoder
 

@@ -37,6 +37,7 @@ class View(RunCommand):
     """Port to serve at. If it is in use, the next free one is used."""
 
     def execute(self) -> Result:
+        """Serve the viewer until it is interrupted."""
         from factorkit.nerfdiff.viewer import Viewer
 
         checkpoint, contents = newest_checkpoint(self.run), load_contents(self.run, self.device)

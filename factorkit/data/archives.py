@@ -56,6 +56,7 @@ class ZipSource(EncodedSource):
             return file.read(member.file_size)  # the declared size may be wrong: never read more
 
     def fingerprint(self) -> str:
+        """Return a hash of the archive's path, size and time, and the members' names."""
         return hash_values("zip", str(self.path), self.prefix, self.names, stat_file(self.path))
 
 
@@ -113,9 +114,11 @@ class TarSource(EncodedSource):
         return data
 
     def fingerprint(self) -> str:
+        """Return a hash of the archives' paths, sizes and times, and the members."""
         return hash_values("tar", [(str(path), stat_file(path)) for path in self.paths], self.members)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> TarSource:
+        """Return the images at these indices, in this order."""
         part = TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
         part.depths = self.depths
         return part

@@ -48,6 +48,7 @@ class Source(ABC):
 
     @functools.cached_property
     def depths(self) -> SetDepths:
+        """The bit depths, decided when an image asks first."""
         return SetDepths(self)
 
     @abstractmethod
@@ -109,9 +110,11 @@ class Subset(Source):
         self.positional, self.ignore_label, self.depths = source.positional, source.ignore_label, source.depths
 
     def decode(self, index: int) -> Image.Image:
+        """Return the image of the source as stored."""
         return self.source.decode(self.indices[index])
 
     def fingerprint(self) -> str:
+        """Return a hash of the source and the indices."""
         return hash_values("subset", self.source.fingerprint(), self.indices)
 
 
@@ -122,6 +125,7 @@ class EncodedSource(Source):
     def _read_bytes(self, index: int) -> bytes: ...
 
     def decode(self, index: int) -> Image.Image:
+        """Decode the bytes of an image: of a known format, and not too large."""
         name = escape_name(self.names[index])
         try:
             data = self._read_bytes(index)
@@ -165,6 +169,7 @@ class FileSource(EncodedSource):
         self.names = self.files if names is None else list(names)
 
     def path(self, index: int) -> Path:
+        """Return the path of an image."""
         return self.root / self.files[index]
 
     def _read_bytes(self, index: int) -> bytes:
@@ -173,12 +178,14 @@ class FileSource(EncodedSource):
         return path.read_bytes()
 
     def fingerprint(self) -> str:
+        """Return a hash of the root, and of each file's name, size and time."""
         digest = hashlib.sha256(repr(("files", str(self.root))).encode("utf-8", "surrogateescape"))
         for name, file in zip(self.names, self.files, strict=True):
             digest.update(repr((name, *stat_file(self.root / file))).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileSource:
+        """Return the files at these indices, in this order."""
         names = None if self.names is self.files else [self.names[i] for i in indices]
         part = FileSource(self.root, [self.files[i] for i in indices], names)
         part.depths = self.depths
@@ -199,6 +206,7 @@ class ArraySource(Source):
         self._fingerprint = fingerprint
 
     def decode(self, index: int) -> Image.Image:
+        """Return a row of the array as an image."""
         values = self.array[index]
         if values.dtype.kind == "f":
             values = np.rint(np.clip(values, 0, 1) * 255)
@@ -207,6 +215,7 @@ class ArraySource(Source):
         return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[-1] == 1 else values))
 
     def fingerprint(self) -> str:
+        """Return a hash of the values, computed once."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for image in self.array:
@@ -215,6 +224,7 @@ class ArraySource(Source):
         return self._fingerprint
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ArraySource:
+        """Return the rows at these indices, in this order."""
         part = ArraySource(self.array[list(indices)])
         part.names = [self.names[i] for i in indices]
         return part
@@ -230,9 +240,11 @@ class PillowSource(Source):
         self.names = [f"{i:06d}" for i in range(len(self.images))]
 
     def decode(self, index: int) -> Image.Image:
+        """Return a copy of an image."""
         return self.images[index].copy()
 
     def fingerprint(self) -> str:
+        """Return a hash of the pixels."""
         pixels = [(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in self.images]
         return hash_values("images", pixels)
 

@@ -61,14 +61,9 @@ def true_training_poses(run: EvaluatedRun, views: Views | None = None) -> Tensor
     return stored.poses
 
 
-def training_errors(run: EvaluatedRun, views: Views | None = None) -> PoseErrors | None:
-    """Return the errors of the training views' poses; None if the true ones are unknown.
-
-    Args:
-        run: a finished run.
-        views: the training views with poses, if the run does not have them; matched by name.
-    """
-    true = true_training_poses(run, views)
+def training_errors(run: EvaluatedRun) -> PoseErrors | None:
+    """Return the errors of a finished run's poses of the training views; None if the true ones are unknown."""
+    true = true_training_poses(run)
     return None if true is None else pose_errors(run.poses, true)
 
 

@@ -31,12 +31,12 @@ from factorkit.nerfdiff.search import (
     choose_next_search,
     choose_search,
     decide,
+    load_record,
     read_stored_settings,
 )
-from factorkit.nerfdiff.search_record import load_record
 from factorkit.nerfdiff.stages.dictionary import SearchTask
-from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.stages.pose_search import find_order
 from factorkit.nerfdiff.stages.recentre import is_unevenly_framed
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views

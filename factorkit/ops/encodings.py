@@ -181,16 +181,14 @@ def growing_resolutions(coarsest: int, finest: int, levels: int) -> list[int]:
     return [round(coarsest * math.exp(growth * level)) for level in range(levels)]
 
 
-def annealing_weights(
-    levels: int, progress: float, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-) -> Tensor:
+def annealing_weights(levels: int, progress: float, *, device: torch.device | None = None) -> Tensor:
     """Return weights [levels] that fade the levels in from coarse to fine while ``progress`` goes from 0 to 1.
 
     w_k = (1 - cos(pi clamp(progress * levels - k, 0, 1))) / 2 (Park et al. 2021, eq. 8): all 0 at 0, all 1 at 1. For
     the levels of :func:`hash_grid` and the bands of :func:`factorkit.ops.frequency`.
     """
     opening = (progress * levels - torch.arange(levels, dtype=torch.float64, device=device)).clamp(0, 1)
-    return ((1 - torch.cos(math.pi * opening)) / 2).to(dtype)
+    return ((1 - torch.cos(math.pi * opening)) / 2).float()
 
 
 def _check(x: Tensor, table: Tensor, resolutions: list[int], weights: Tensor | None, interpolation: str) -> None:

@@ -118,21 +118,26 @@ class UNetBackbone(Backbone):
 
     @property
     def size_multiple(self) -> int:
+        """What height and width must be divisible by."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
     def embed(self) -> int:
+        """Length of the time embedding."""
         return 4 * self.model_channels
 
     @property
     def region_channels(self) -> int:
+        """Channels of the local feature behind the region tokens."""
         return 2 * self.model_channels
 
     def counts(self) -> dict[str, int]:
+        """Return numbers that no model has more of than weights."""
         channels = self.model_channels * max(self.channel_mult)
         return {"blocks": self.num_res_blocks, "levels": len(self.channel_mult), "channels": channels}
 
     def check(self, regions: int, half_resolution_masks: bool) -> None:
+        """Raise ConfigError for sizes that cannot be built."""
         halvings = len(self.channel_mult) - 1
         if self.resolution < 1 or self.resolution % 2**halvings:
             nearest = max(1, round(self.resolution / 2**halvings)) * 2**halvings
@@ -146,6 +151,7 @@ class UNetBackbone(Backbone):
             )
 
     def build_encoder(self) -> Encoder:
+        """Build the encoder."""
         return Encoder(
             self.image_channels,
             self.model_channels,
@@ -158,11 +164,13 @@ class UNetBackbone(Backbone):
         )
 
     def build_middle(self) -> Middle:
+        """Build the middle."""
         return Middle(self.model_channels * self.channel_mult[-1], self.embed, **self.common)
 
     def build_decoder(
         self, out_channels: int, extra: int = 0, norm: str | None = None, levels_left_out: int = 0
     ) -> Decoder:
+        """Build a decoder to images."""
         encoder_skips = [self.model_channels]
         for factor in self.channel_mult:
             encoder_skips += [self.model_channels * factor] * (self.num_res_blocks + 1)
@@ -184,11 +192,13 @@ class UNetBackbone(Backbone):
         )
 
     def build_masks(self, regions: int, normalised_logits: bool, half_resolution_masks: bool) -> NetworkMasks:
+        """Build what predicts masks from the encoding."""
         left_out = int(half_resolution_masks)
         decoder = self.build_decoder(regions, levels_left_out=left_out)
         return NetworkMasks(decoder, normalised_logits, left_out * (self.num_res_blocks + 1), 1 + left_out)
 
     def mask_pyramid(self, masks: Tensor) -> list[Tensor]:
+        """Return masks [B, K, H, W] at the resolutions of a decoder, the finest first."""
         return ops.mask_pyramid(masks, len(self.channel_mult) - 1)
 
 
@@ -204,6 +214,7 @@ class UViTBackbone(Backbone):
 
     @classmethod
     def defaults(cls, resolution: int, patch_size: int | None) -> dict[str, Any]:
+        """Return the settings that follow from the resolution."""
         if patch_size is None:
             sizes = range(1, max(2, resolution // TOKENS_PER_SIDE + 1))
             patch_size = max(size for size in sizes if resolution % size == 0)
@@ -212,20 +223,25 @@ class UViTBackbone(Backbone):
 
     @property
     def size_multiple(self) -> int:
+        """What height and width must be divisible by."""
         return self.patch_size
 
     @property
     def embed(self) -> int:
+        """Length of the time embedding."""
         return self.model_channels
 
     @property
     def region_channels(self) -> int:
+        """Channels of the local feature behind the region tokens."""
         return self.model_channels // 4
 
     def counts(self) -> dict[str, int]:
+        """Return numbers that no model has more of than weights."""
         return {"depth": self.depth, "channels": self.model_channels, "patch_size": self.patch_size}
 
     def check(self, regions: int, half_resolution_masks: bool) -> None:
+        """Raise ConfigError for sizes that cannot be built."""
         patch, heads = self.patch_size, self.num_heads
         if patch < 1 or self.resolution % patch or self.resolution < 2 * patch:
             fitting = [size for size in range(1, self.resolution // 2 + 1) if self.resolution % size == 0]
@@ -247,6 +263,7 @@ class UViTBackbone(Backbone):
             )
 
     def build_encoder(self) -> TokenEncoder:
+        """Build the encoder."""
         return TokenEncoder(
             self.image_channels,
             self.model_channels,
@@ -258,9 +275,11 @@ class UViTBackbone(Backbone):
         )
 
     def build_middle(self) -> TransformerBlock:
+        """Build the middle."""
         return TransformerBlock(self.model_channels, self.embed, **self.common)
 
     def build_decoder(self, out_channels: int, extra: int = 0, norm: str | None = None) -> TokenDecoder:
+        """Build a decoder to images."""
         channels = self.model_channels + extra
         return TokenDecoder(
             channels,
@@ -274,11 +293,13 @@ class UViTBackbone(Backbone):
         )
 
     def build_masks(self, regions: int, normalised_logits: bool, half_resolution_masks: bool) -> NetworkMasks:
+        """Build what predicts masks from the encoding."""
         upsample = 1 + int(half_resolution_masks)
         head = TokenMaskHead(self.model_channels, regions, self.patch_size // upsample, norm_groups=self.norm_groups)
         return NetworkMasks(head, normalised_logits, upsample=upsample)
 
     def mask_pyramid(self, masks: Tensor) -> list[Tensor]:
+        """Return masks [B, K, H, W] at the resolutions of a decoder, the finest first."""
         return [F.avg_pool2d(masks, self.patch_size) if self.patch_size > 1 else masks]
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from factorkit.report.image_grid import PAPER_COLOR, Caption, color_labels, draw_image_grid, overlay_enlarged, palette
 from factorkit.utils.images import unit_to_uint8
 
+IMAGES_PER_CLASS = 6  # in a grid of classes
+
 
 def draw_segmentation_grid(
     images: np.ndarray,
@@ -74,20 +76,17 @@ def draw_generation_grid(
     return draw_image_grid(rows, row_captions=captions)
 
 
-def draw_class_grid(
-    images: np.ndarray, masks: np.ndarray, classes: Sequence[str | None], per_line: int = 6
-) -> Image.Image:
-    """Draw a row for each class: its first ``per_line`` images, each beside its regions if there are several.
+def draw_class_grid(images: np.ndarray, masks: np.ndarray, classes: Sequence[str | None]) -> Image.Image:
+    """Draw a row for each class: its first images, each beside its regions if there are several.
 
     Args:
         images: uint8 [N, H, W, 3].
         masks: float [N, K, H, W] in [0, 1].
-        per_line: images of each class.
     """
     rows = []
     for name in dict.fromkeys(classes):
         row = []
-        for n in [i for i, other in enumerate(classes) if other == name][:per_line]:
+        for n in [i for i, other in enumerate(classes) if other == name][:IMAGES_PER_CLASS]:
             row.append(images[n])
             if masks.shape[1] > 1:
                 row.append(overlay_enlarged(images[n], masks[n].argmax(axis=0)))

@@ -41,6 +41,16 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], targe
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
+def keep_packages(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Report on these optional packages alone: importing all of them takes seconds."""
+    monkeypatch.setattr(doctor, "OPTIONAL", {name: doctor.OPTIONAL[name] for name in names})
+
+
+@pytest.fixture
+def few_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_packages(monkeypatch, "triton", "tinycudann", "viser")
+
+
 @pytest.mark.slow
 def test_report_has_all_keys_and_is_json():
     report = doctor.report()
@@ -56,6 +66,7 @@ def test_report_has_all_keys_and_is_json():
 
 
 def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path):
+    keep_packages(monkeypatch, "triton", "viser", "tinycudann", "tensorboard", "cv2", "gradio")
     monkeypatch.setitem(sys.modules, "viser", None)  # Python's marker for a missing module
     install(monkeypatch, tmp_path, "tinycudann", "raise OSError('no CUDA driver\\nlong story')")
     install(monkeypatch, tmp_path, "tensorboard", "raise SystemExit('goodbye')")
@@ -75,7 +86,7 @@ def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path)
     assert "broken: OSError: no CUDA driver" in doctor.format_report(report)
 
 
-def test_report_with_everything_broken_is_complete(monkeypatch):
+def test_report_with_everything_broken_is_complete(monkeypatch, few_packages):
     def fail(*args, **kwargs):
         raise RuntimeError("no way")
 
@@ -93,7 +104,7 @@ def test_report_with_everything_broken_is_complete(monkeypatch):
 
 
 @pytest.mark.slow
-def test_report_suppresses_output_of_imports(monkeypatch, tmp_path, capsys):
+def test_report_suppresses_output_of_imports(monkeypatch, tmp_path, capsys, few_packages):
     install(monkeypatch, tmp_path, "viser", "print('welcome!')")
     assert doctor.report()["optional"]["viser"]["state"] == "ok"
     assert capsys.readouterr().out == ""
@@ -121,7 +132,7 @@ def test_coverage_of_targets_and_capability(targets, capability, expected):
     assert doctor.coverage(targets, capability) == expected
 
 
-def test_report_gpu_not_covered_names_cure(monkeypatch):
+def test_report_gpu_not_covered_names_cure(monkeypatch, few_packages):
     fake_gpu(monkeypatch, (12, 0), ["sm_90"])
     report = doctor.report()
     assert report["gpus"][0]["covered"] == "no" and report["gpus"][0]["bf16"]
@@ -129,19 +140,19 @@ def test_report_gpu_not_covered_names_cure(monkeypatch):
     assert "Fast GPU, capability 12.0, 80.0 GiB" in doctor.format_report(report)
 
 
-def test_report_gpu_covered_has_no_problem(monkeypatch):
+def test_report_gpu_covered_has_no_problem(monkeypatch, few_packages):
     fake_gpu(monkeypatch, (9, 0), ["sm_90", "compute_90"])
     report = doctor.report()
     assert not any("GPU" in entry["what"] or "_C" in entry["what"] for entry in report["problems"])
     assert "CUDA 13.0 for sm_90 compute_90" in doctor.format_report(report)
 
 
-def test_report_extension_without_cuda_names_nvcc(monkeypatch):
+def test_report_extension_without_cuda_names_nvcc(monkeypatch, few_packages):
     fake_gpu(monkeypatch, (9, 0), [])
     assert "nvcc" in find_problem(doctor.report(), "factorkit._C has no CUDA code")["cure"]
 
 
-def test_report_torch_without_cuda_names_cure(monkeypatch):
+def test_report_torch_without_cuda_names_cure(monkeypatch, few_packages):
     monkeypatch.setattr(doctor, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert find_problem(doctor.report(), "there is an NVIDIA GPU")["cure"] == "install a CUDA build of torch"
@@ -155,7 +166,7 @@ def test_report_unusable_driver_names_cause(monkeypatch):
     assert doctor._gpus(None, extension) == ([], "RuntimeError: the driver supports CUDA 11.4, this build needs 13.0")
 
 
-def test_report_extension_of_other_version_is_broken(monkeypatch):
+def test_report_extension_of_other_version_is_broken(monkeypatch, few_packages):
     extension = SimpleNamespace(build_info=lambda: {"version": "0.0.1"}, cuda_devices=lambda: [])
     monkeypatch.setitem(sys.modules, "factorkit._C", extension)
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1.0")
@@ -164,7 +175,7 @@ def test_report_extension_of_other_version_is_broken(monkeypatch):
     )
 
 
-def test_report_ops_name_forced_reference(monkeypatch):
+def test_report_ops_name_forced_reference(monkeypatch, few_packages):
     from factorkit import ops
 
     monkeypatch.delenv("FACTORKIT_REFERENCE", raising=False)

@@ -61,6 +61,7 @@ def test_command_keeps_file_of_the_user(run, run_cli, run_json, image, tmp_path,
     assert (out / name).read_text() == "edited"
 
 
+@pytest.mark.slow
 def test_generate_with_other_seed_keeps_earlier_images(run, run_cli, run_json, tmp_path):
     words = ["generate", run, "-n", 1, "--steps", 2, "--out", tmp_path / "out"]
     run_json(*words)

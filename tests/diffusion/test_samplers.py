@@ -45,6 +45,7 @@ def test_ddim_few_steps_equal_the_affine_map():
     torch.testing.assert_close(result.images.double(), x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ddpm_unit_gaussian_keeps_its_variance():
     """For N(0, 1) pixels x_{t-1} given x_t has variance exactly beta_t (Ho et al. 2020, section 3.2), so every level
     has variance 1; the smaller posterior variance would lose 3% at 50 steps.

@@ -157,6 +157,7 @@ def test_restore_truncated_at_100_places_uses_the_previous(run_with_two_checkpoi
         assert_taken(checkpoints, older)
 
 
+@pytest.mark.slow
 def test_restore_bit_flipped_at_100_places_uses_the_previous(run_with_two_checkpoints):
     checkpoints, older, newest, content = run_with_two_checkpoints
     chance = random.Random(0)

@@ -46,6 +46,7 @@ def test_load_partial_run_returns_the_newest_stage(unfinished_run, finished):
         load_partial_run(unfinished_run)
 
 
+@pytest.mark.slow
 def test_load_contents_finished_run_has_true_cameras(finished):
     assert newest_checkpoint(finished.folder).parent.parent == finished.folder
     contents = load_contents(finished.folder, "cpu")

@@ -140,6 +140,7 @@ def test_train_two_focal_lengths_explain_held_out_views_better_than_one_averaged
     assert scores[0] > scores[1] + 2  # 28.6 and 24.4 dB
 
 
+@pytest.mark.slow
 def test_reconstruct_views_of_another_camera_shows_what_they_show(finished, scene_views):
     """A wider camera sees more around the same middle."""
     k = scene_views.intrinsics * torch.tensor([0.5, 0.5, 1])[:, None]

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from factorkit.metrics.pose import pose_errors
-from factorkit.nerfdiff import search, search_record, unregistered
+from factorkit.nerfdiff import search, unregistered
 from factorkit.nerfdiff.registered_views import LOCALISED
-from factorkit.nerfdiff.search_record import Trial
+from factorkit.nerfdiff.search import Trial
 from factorkit.nerfdiff.train import estimate, train_nerfdiff
 from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
 
@@ -91,7 +91,7 @@ def test_train_auto_rejected_dictionary_is_followed_by_structure_from_motion(
     train = partial(train_nerfdiff, photos, out=tmp_path / "run", **{**settings, "progress": True})
     if is_accepted:  # interrupted in the middle of the change from one to the other
         with monkeypatch.context() as patch:
-            patch.setattr(search_record, "shutil", Mock(copyfile=Mock(side_effect=KeyboardInterrupt)))
+            patch.setattr(search, "shutil", Mock(copyfile=Mock(side_effect=KeyboardInterrupt)))
             with pytest.raises(KeyboardInterrupt):
                 train()
     run, text = train(), capsys.readouterr().err

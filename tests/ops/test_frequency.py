@@ -53,6 +53,7 @@ def test_gradients_for_expanded_and_transposed_upstreams_match_reference():
             torch.testing.assert_close(g, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("annealed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(annealed, dtype):

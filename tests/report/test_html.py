@@ -238,6 +238,7 @@ def test_draw_curves_follow_the_theme_on_a_transparent_background():
         assert a != b
 
 
+@pytest.mark.slow
 def test_draw_curves_areas_have_the_colours_of_the_regions():
     log = [{"event": "step", "step": s, "areas": [0.25, 0.75]} for s in (1, 2)]
     pixels = np.asarray(Image.open(io.BytesIO(draw_curves(log, LIGHT, REPORT)[0][2])).convert("RGBA")).astype(int)

@@ -87,6 +87,7 @@ def test_run_that_dies_in_a_stage_resumes_bit_identically(tmp_path, monkeypatch,
     assert_identical(final_state(tmp_path / "run"), final_state(whole))
 
 
+@pytest.mark.slow
 def test_alarms_of_object_masks_count_the_steps_of_their_stage(tmp_path, whole):
     counted = json.loads([line for line in (whole / "log.jsonl").read_text().splitlines() if '"alarms"' in line][-1])
     reasons = [check["reason"] for check in counted["checks"] if "training steps" in check.get("reason", "")]
@@ -94,6 +95,7 @@ def test_alarms_of_object_masks_count_the_steps_of_their_stage(tmp_path, whole):
     assert counted["error"] > 0
 
 
+@pytest.mark.slow
 def test_finished_run_is_loaded_without_its_stages(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(ObjectStages, "run", lambda self: pytest.fail("the stages ran again"))
     assert train(whole).step == 2
@@ -185,6 +187,7 @@ def test_train_on_unusual_images_is_finite(tmp_path, kind):
     assert masks.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transparent", "grey", "tiny", "strip", "border colour"])
 def test_segment_of_unusual_photos_is_finite(whole, kind):
     rng = np.random.default_rng(0)

@@ -393,6 +393,7 @@ def test_seed_trials_interrupted_resume_without_repeats(monkeypatch):
 # --- before training ---
 
 
+@pytest.mark.slow
 def test_estimate_leaves_no_files_and_returns_plausible_numbers(tmp_path):
     result = estimate(preset="demo", **TINY)
     config = preset_config("demo", **TINY).resolved()

@@ -95,6 +95,7 @@ class LabelSource(Source):
         self.valid_labels = None if valid_labels is None else np.array(sorted({*valid_labels, *extra}))
 
     def decode(self, index: int) -> Image.Image:
+        """Return the labels of a mask as an image; raise DataError for labels that the data set has not."""
         image, name = self.source.decode(index), escape_name(self.names[index])
         try:
             values = np.asarray(image.convert("L") if image.mode == "1" else image)
@@ -113,6 +114,7 @@ class LabelSource(Source):
         return labels_to_image(labels)
 
     def fingerprint(self) -> str:
+        """Return a hash of the images of labels."""
         return hash_values("labels", self.source.fingerprint())
 
 

@@ -32,6 +32,7 @@ class PartMasks(Source):
         self.names = [f"{number}.png" for number in self.numbers]
 
     def decode(self, index: int) -> Image.Image:
+        """Return the labels of a face as an image."""
         number = self.numbers[index]
         labels = None
         for part in PARTS:
@@ -53,6 +54,7 @@ class PartMasks(Source):
         return base.labels_to_image(labels)
 
     def fingerprint(self) -> str:
+        """Return a hash of the faces, the labels, and the folders' times."""
         with wrap_os_errors(self.root, "so the masks cannot be listed. Check its permissions."):
             folders = sorted(path for path in self.root.iterdir() if path.is_dir())
         return hash_values("parts", str(self.root), self.numbers, self.label_of, [stat_file(path) for path in folders])

@@ -39,6 +39,7 @@ class ImageColumn(EncodedSource):
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def fingerprint(self) -> str:
+        """Return a hash of the column and the library's own fingerprints."""
         return hash_values("datasets", self.column, [part._fingerprint for part in self.parts])
 
 

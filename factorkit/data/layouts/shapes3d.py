@@ -28,6 +28,7 @@ class Hdf5Source(Source):
         self.lock = threading.Lock()
 
     def decode(self, index: int) -> Image.Image:
+        """Return one row of the array as an image."""
         with self.lock:
             if self.rows is None:
                 self.rows = import_extra("h5py", "layouts", "reading HDF5").File(self.path, "r")[self.key]
@@ -37,6 +38,7 @@ class Hdf5Source(Source):
                 raise DataError(f"{self.path}: row {index} cannot be read: {error}. {FETCH_AGAIN}") from error
 
     def fingerprint(self) -> str:
+        """Return a hash of the file's path, size and time, and the key."""
         return hash_values("hdf5", str(self.path), self.key, stat_file(self.path))
 
 

@@ -10,6 +10,7 @@ from factorkit.data.procedural.scene import make_scene_field
 from factorkit.nerfdiff.export import export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("colmap", "colmap"), ("scene/transforms.json", "nerfstudio")])
 def test_exported_views_are_read_back(tmp_path, name, kind):
     views = make_procedural_views(9, 16, seed=3)

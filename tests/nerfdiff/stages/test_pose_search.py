@@ -14,7 +14,7 @@ from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.held_out import HeldOutErrors
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
-from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, find_order, ring_azimuths, ring_directions
+from factorkit.nerfdiff.stages.pose_search import RING_ELEVATIONS, find_order, ring_azimuths, ring_directions
 from factorkit.nerfdiff.train import choose_capture_settings, estimate, list_notes, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
 from factorkit.utils.files import read_log
