@@ -17,7 +17,7 @@ from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.run_folder import write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.mask_checks import HELP
-from factorkit.nerfdiff.search_record import judge_run
+from factorkit.nerfdiff.search import judge_run
 from factorkit.report.content import Check
 from factorkit.segdiff.alarms import MEAN_MASK, OWN_MEAN
 from factorkit.segdiff.task import SegdiffTask
