@@ -111,7 +111,7 @@ class Training(StageTraining):
         if joint is not None:
             model.encoder.load_state_dict(joint.encoder.state_dict())
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
-        stability = {
+        stability: dict[str, Any] = {
             "warmup_steps": config.warmup_steps or DISTIL_WARMUP_STEPS,
             "gradient_clip": config.gradient_clip or DISTIL_GRADIENT_CLIP,
         }
