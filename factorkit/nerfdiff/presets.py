@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 FAST = {
-    "steps": 500,
+    "steps": 750,
     "batch_size": 32,
-    "learning_rate": 3e-3,
-    "timestep_power": 2.0,
+    "learning_rate": 5e-3,
+    "timestep_power": 3.0,
     "lr_decay_fraction": 1.0,
     "ema_decay": 0.98,
     "precision": "fp32",
@@ -53,7 +53,6 @@ JOINT = {
     "channel_mult": (1, 2, 2, 2),
     "num_candidates": 12,
     "classification_weight": 0.01,
-    "timestep_power": 3.0,
     "rays_per_view": 128,
     "sample_every": 300,
 }

@@ -21,7 +21,7 @@ from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import NDC_MARGIN, CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.scene import gather_pixels, gaussian_blur, open_scene, shared_camera
-from factorkit.nerfdiff.stages.distil import nearest_candidates, pose_distance
+from factorkit.nerfdiff.stages.distil import candidate_shares, pose_distance
 from factorkit.nerfdiff.stages.refine import regularisation
 from factorkit.nerfdiff.training_views import load_views, store_views
 from factorkit.rendering import Rendered
@@ -136,14 +136,14 @@ def test_pose_distance_small_angle_is_its_square():
         assert pose_distance(a, b, 2.5).sqrt().rad2deg().item() == pytest.approx(angle, rel=0.01)
 
 
-def test_nearest_candidates_returns_the_closest_anchor():
-    anchors = direction_grid(5, [30])
-    candidates = LookAtCandidates(anchors, 2.0)
-    poses = orbit_poses(direction_vectors(torch.tensor([5.0, 150.0, 290.0]), torch.tensor([40.0, 20.0, 30.0])), 2.0)
-    assert nearest_candidates(candidates, candidates(torch.zeros(3, 5, 3)), poses).tolist() == [0, 2, 4]
-    single = SingleCandidate()
-    free = rodrigues_poses(torch.randn(3, 6))
-    assert nearest_candidates(single, single(torch.zeros(3, 1, 6)), free).tolist() == [0, 0, 0]
+def test_candidate_shares_fall_with_the_angle_to_the_anchor():
+    candidates = LookAtCandidates(direction_grid(5, [30]), 2.0)
+    directions = direction_vectors(torch.tensor([5.0, 150.0, 290.0, 36.0]), torch.tensor([40.0, 20.0, 30.0, 30.0]))
+    shares = candidate_shares(candidates, orbit_poses(directions, 2.0))
+    assert torch.allclose(shares.sum(1), torch.ones(4))
+    assert shares[:3].argmax(1).tolist() == [0, 2, 4] and (shares[:3].amax(1) > 0.9).all()
+    assert torch.allclose(shares[3], torch.tensor([0.5, 0.5, 0, 0, 0]), atol=0.01), "at the boundary of two cells"
+    assert candidate_shares(SingleCandidate(), rodrigues_poses(torch.randn(3, 6))).tolist() == [[1], [1], [1]]
 
 
 def test_regularisation_opacity_counts_for_object_scenes_only():

@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factorkit.nerfdiff.cameras.poses import (
-    POSE_PARAMETERS,
-    camera_directions,
-    fibonacci_band,
-    orbit_poses,
-    rodrigues_poses,
-)
+from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS, fibonacci_band, orbit_poses, rodrigues_poses
 from factorkit.utils.errors import ConfigError
 
 
@@ -54,10 +48,6 @@ class LookAtCandidates(Candidates):
             values, rest = rest[..., :size], rest[..., size:]
             offsets[name] = values if size > 1 else values[..., 0]
         return orbit_poses(direction, self.distance, offsets)
-
-    def nearest(self, poses: Tensor) -> Tensor:
-        """Return the candidates [B] with the anchors nearest to cameras [B, 4, 4]."""
-        return (camera_directions(poses) @ self.anchors.T).argmax(1)
 
 
 class OctantCandidates(LookAtCandidates):

@@ -26,11 +26,15 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 
 ERROR_SCALE = 1e-3  # squared error, of about 2 degrees, above which the loss grows with the root
 ERROR_WEIGHT = 0.02
+OVERLAP_SHARPNESS = 20.0  # of the shares by which candidates learn a view: two do within about 8 degrees of a boundary
 ELEVATION_JITTER = 3.0  # degrees (standard deviation) between the elevations of rendered views and training views
 
 
 class DistilTask:
-    """Train the encoder to score and place the candidate nearest to each view's pose; the field stays fixed.
+    """Train the encoder to score the candidate nearest to each view's pose and to place those near it.
+
+    The field stays fixed. Near the boundary of two candidates' cells both learn the pose: noise may give either of them
+    the better score, and one that never learned poses beyond its cell may be anywhere there.
 
     Args:
         model: with the fitted field and the poses of the views.
@@ -70,19 +74,20 @@ class DistilTask:
         return [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        """Return the pose loss of the nearest candidates and the classification loss."""
+        """Return the pose loss of the candidates near the poses and the classification loss."""
         config = self.config
         rows = indices.to(self.images.device)
         x0, poses = to_signal(self.images[rows]), self.poses[rows]
         x_t, t = add_noise(x0, self.schedule, config, draw)
         cameras = self.model.predict_cameras(x_t, t)
-        target = nearest_candidates(self.model.candidates, cameras.poses, poses)
-        predicted = cameras.poses[torch.arange(len(target), device=target.device), target]
-        error = pose_distance(predicted, poses, self.scene.distance)
+        share = candidate_shares(self.model.candidates, poses)
+        target = share.argmax(1)
+        errors = pose_distance(cameras.poses, poses[:, None], self.scene.distance)
         classification = F.cross_entropy(cameras.scores, target, reduction="none")
         weight = 1 - t / config.timesteps  # high noise levels hardly show the pose; their errors would dominate
-        objective = weight * robust_error(error) + config.classification_weight * classification
+        objective = weight * (share * robust_error(errors)).sum(1) + config.classification_weight * classification
         correct = (cameras.best_index == target).float().mean()
+        error = errors.gather(1, target[:, None])[:, 0]
         return StepLoss(objective, error, t / config.timesteps, {"classified": correct})
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
@@ -99,17 +104,17 @@ def robust_error(error: Tensor) -> Tensor:
     return ERROR_WEIGHT * ((1 + error / ERROR_SCALE).sqrt() - 1)
 
 
-def nearest_candidates(candidates: Candidates, candidate_poses: Tensor, poses: Tensor) -> Tensor:
-    """Return the target candidate [B] of poses [B, 4, 4]: the nearest anchor, or the nearest current position."""
+def candidate_shares(candidates: Candidates, poses: Tensor) -> Tensor:
+    """Return the shares [B, N] by which the candidates learn poses [B, 4, 4]: the nearer its anchor, the more."""
     if isinstance(candidates, LookAtCandidates):
-        return candidates.nearest(poses)
-    return (candidate_poses[..., :3, 3] - poses[:, None, :3, 3]).square().sum(-1).argmin(1)
+        return (OVERLAP_SHARPNESS * camera_directions(poses) @ candidates.anchors.T).softmax(1)
+    return poses.new_ones(len(poses), candidates.count)  # of a single one
 
 
 def pose_distance(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the squared difference [B] of poses [B, 4, 4]: of rotations, and of positions in units of ``scale``.
+    """Return the squared difference [...] of poses [..., 4, 4]: of rotations, and of positions in units of ``scale``.
 
     For upright cameras that look at the origin from one distance it is about the squared angle.
     """
-    rotation = (a[:, :3, :3] - b[:, :3, :3]).square().sum((1, 2)) / 4
-    return rotation + ((a[:, :3, 3] - b[:, :3, 3]) / scale).square().sum(1) / 2
+    rotation = (a[..., :3, :3] - b[..., :3, :3]).square().sum((-2, -1)) / 4
+    return rotation + ((a[..., :3, 3] - b[..., :3, 3]) / scale).square().sum(-1) / 2

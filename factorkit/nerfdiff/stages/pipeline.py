@@ -47,6 +47,9 @@ from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
 SFM_POSE_RATE = 0.1  # of the poses' learning rate: a small part of a pixel off, which full steps undo
+# of the distillation, unless the settings have others: with neither, its learning rate would diverge for some seeds
+DISTIL_WARMUP_STEPS = 50
+DISTIL_GRADIENT_CLIP = 0.1
 FINETUNE_RATE = 0.1  # of the encoder's learning rate, after distillation
 
 
@@ -108,9 +111,13 @@ class Training(StageTraining):
         if joint is not None:
             model.encoder.load_state_dict(joint.encoder.state_dict())
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
+        stability: dict[str, Any] = {
+            "warmup_steps": config.warmup_steps or DISTIL_WARMUP_STEPS,
+            "gradient_clip": config.gradient_clip or DISTIL_GRADIENT_CLIP,
+        }
         if not config.finetune_steps:
-            return self.train_stage("distil", task, folder=self.folder)
-        model = self.train_stage("distil", task)
+            return self.train_stage("distil", task, folder=self.folder, **stability)
+        model = self.train_stage("distil", task, **stability)
         kept_poses = model.views.clone()
         return self.train_stage(
             "tune",
