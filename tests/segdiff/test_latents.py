@@ -118,7 +118,7 @@ def test_predict_masks_with_a_side_are_those_of_the_smaller_photos(trained, imag
     with torch.no_grad():
         network = masks.network(trained.model.space.encode(photos), torch.zeros(2, dtype=torch.int64)).softmax(1)
         expected = masks.align_with_colors(resize(photos, 16, 16), resize(network, 16, 16))
-    torch.testing.assert_close(small, expected)
+    torch.testing.assert_close(small, expected, atol=1e-4, rtol=0)  # EM magnifies rounding, which the batch changes
 
 
 def test_object_stages_of_latents_measure_small_copies_of_the_photos(tmp_path):
