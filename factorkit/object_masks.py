@@ -23,8 +23,8 @@ from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views, resize_area
 from factorkit.engine.run_folder import read_object, write_json
-from factorkit.mask_checks import HELP, check_object_masks, shrink
 from factorkit.nerfdiff import train as nerfdiff
+from factorkit.nerfdiff.mask_checks import HELP, check_object_masks, shrink
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.verdict import MASK_FAILURES, log_alarms
 from factorkit.report.content import Record, judged_alarms, log_checks, read_checks

@@ -16,7 +16,7 @@ from factorkit.cli.main import main
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.run_folder import write_json
 from factorkit.engine.run_log import RunLog
-from factorkit.mask_checks import HELP
+from factorkit.nerfdiff.mask_checks import HELP
 from factorkit.nerfdiff.search import judge_run
 from factorkit.report.content import Check
 from factorkit.segdiff.alarms import MEAN_MASK, OWN_MEAN

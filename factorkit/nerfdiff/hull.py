@@ -63,14 +63,11 @@ def render_silhouette(hull: Tensor, pose: Tensor, intrinsics: Tensor, height: in
     distance, reach = pose[:3, 3].norm(), 3**0.5  # from the centre of the box to its corners
     count = int(SAMPLES_PER_CELL * reach * HULL_CELLS)
     depths = torch.linspace(-reach, reach, count, device=pose.device) + distance
-    rows = []
-    for origin, direction in zip(origins, directions, strict=True):  # a large image at once would take GBs
-        points = origin[:, None] + depths.clamp_min(0)[:, None] * direction[:, None]
-        cells = ((points + 1) / 2 * HULL_CELLS).floor().long()
-        within = ((cells >= 0) & (cells < HULL_CELLS)).all(-1)
-        x, y, z = cells.clamp(0, HULL_CELLS - 1).unbind(-1)
-        rows.append((hull[x, y, z] & within).any(-1))
-    return torch.stack(rows)
+    points = origins[..., None, :] + depths.clamp_min(0)[:, None] * directions[..., None, :]
+    cells = ((points + 1) / 2 * HULL_CELLS).floor().long()
+    within = ((cells >= 0) & (cells < HULL_CELLS)).all(-1)
+    x, y, z = cells.clamp(0, HULL_CELLS - 1).unbind(-1)
+    return (hull[x, y, z] & within).any(-1)
 
 
 def choose_rows(count: int, most: int) -> Tensor:

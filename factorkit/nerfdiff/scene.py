@@ -134,16 +134,20 @@ def open_scene(
 def scale_focal(scene: Scene, factor: float) -> Scene:
     """Return the scene of an object with other focal lengths, and distances at which it has the same size in images."""
     scale = torch.tensor([factor, factor, 1.0], device=scene.images.device)
-    stretch = torch.diag(scale - 1)
+    intrinsics = scene.camera.intrinsics
+    scene = with_intrinsics(scene, intrinsics + torch.diag(intrinsics.diagonal() * (scale - 1)))
+    return replace(scene, distance=scene.distance * factor)
 
-    def scaled(intrinsics: Tensor) -> Tensor:
-        return intrinsics + intrinsics.diagonal(dim1=-2, dim2=-1).diag_embed() * stretch
 
+def with_intrinsics(scene: Scene, intrinsics: Tensor) -> Scene:
+    """Return the scene with other intrinsics [3, 3]; the focal lengths of its views and foreground change likewise."""
     foreground = scene.foreground
     if foreground is not None:
-        foreground = replace(foreground, intrinsics=scaled(foreground.intrinsics))
-    camera = scene.camera.with_intrinsics(scaled(scene.camera.intrinsics))
-    return replace(scene, camera=camera, distance=scene.distance * factor, foreground=foreground)
+        own = foreground.intrinsics
+        change = (intrinsics.diagonal() / scene.camera.intrinsics.diagonal() - 1).to(own.device)
+        own = own + torch.diag_embed(own.diagonal(dim1=1, dim2=2) * change)
+        foreground = replace(foreground, intrinsics=own)
+    return replace(scene, camera=scene.camera.with_intrinsics(intrinsics), foreground=foreground)
 
 
 def _fit_box(

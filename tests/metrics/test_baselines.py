@@ -93,6 +93,21 @@ def test_two_means_image_takes_the_cluster_away_from_the_border(discs):
     assert (BASELINES["two_means_image"](large, none, none) == (large[..., 0] == 200)).all()
 
 
+def test_two_means_large_image_is_fitted_to_some_of_its_pixels(monkeypatch):
+    cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is missing")
+    fit, fitted, none = cluster.KMeans.fit, [], np.zeros((0, 160, 160), bool)
+
+    def record(self, pixels):
+        fitted.append(len(pixels))
+        return fit(self, pixels)
+
+    monkeypatch.setattr(cluster.KMeans, "fit", record)
+    image = np.zeros((1, 160, 160, 3), np.uint8)
+    image[:, 30:90, 50:120] = 200
+    assert (BASELINES["two_means_image"](image, none, none) == (image[..., 0] == 200)).all()
+    assert fitted == [20_000]
+
+
 @pytest.mark.parametrize(("module", "name"), [("cv2", "grabcut"), ("sklearn.cluster", "two_means_image")])
 def test_score_baselines_missing_library_reports_unavailable(discs, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)

@@ -20,6 +20,7 @@ from factorkit.nerfdiff.scene import (
     relative_intrinsics,
     scale_focal,
     shared_camera,
+    with_intrinsics,
 )
 from factorkit.nerfdiff.stages.dictionary import candidate_errors
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
@@ -91,6 +92,15 @@ def test_candidate_errors_of_two_cameras_equal_those_of_each(views):
     for i in (0, 5):
         own = replace(camera, intrinsics=camera.of_views()[i], view_intrinsics=None)
         torch.testing.assert_close(errors[i : i + 1], candidate_errors(field, poses, own, views.images[i : i + 1], 16))
+
+
+def test_with_intrinsics_other_focal_length_is_that_of_the_foreground_too():
+    scene = open_scene(make_procedural_views(3, 12, seed=1), 12, CPU)
+    longer = with_intrinsics(scene, scene.camera.intrinsics * torch.tensor([1.5, 1.2, 1.0])[:, None])
+    before, after = scene.foreground.intrinsics, longer.foreground.intrinsics
+    expected = before.diagonal(dim1=1, dim2=2) * torch.tensor([1.5, 1.2, 1.0])
+    torch.testing.assert_close(after.diagonal(dim1=1, dim2=2), expected)
+    assert torch.equal(after[:, :2, 2], before[:, :2, 2]) and longer.distance == scene.distance
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from factorkit.nerfdiff.held_out import (
 from factorkit.nerfdiff.hull import hull_check
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import CameraModel
-from factorkit.nerfdiff.scene import Scene, require_poses
+from factorkit.nerfdiff.scene import Scene, require_poses, with_intrinsics
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.flip_test import best_rotations
 from factorkit.nerfdiff.stages.joint import JointTask
@@ -207,7 +206,7 @@ class Training(StageTraining):
     def _final_cameras(self, model: NerfdiffModel) -> tuple[Tensor, Scene]:
         """Return the poses of process 0, and the scene with the focal length of a model."""
         poses = distributed.gather_rows(model.views)[0][: len(self.scene.images)]
-        return poses, replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
+        return poses, with_intrinsics(self.scene, model.camera.intrinsics.detach())
 
     def log_held_out_checks(self, model: NerfdiffModel) -> None:
         """Add the checks on held-out views to the last alarms of the run, and log them again, once."""
@@ -220,8 +219,8 @@ class Training(StageTraining):
             checks = [*held_out_checks(self.scene.layout, errors, noise, reason, model.field.unbounded), shared]
             if self.scene.layout == "forward":
                 checks.append(forward_direction_check(model.views))
-            checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
-            scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
+            scene = with_intrinsics(self.scene, model.camera.intrinsics.detach())
+            checks += box_checks(model.field, scene.foreground, model.views, scene.layout)
             offset = silhouette_offset(model.field, scene, model.views, self.config.samples_per_ray)
             hull = hull_check(scene.foreground, model.views, model.field.unbounded)
             added = log_checks([*checks, silhouette_check(offset), hull])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupanc
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import HeldOutErrors, SharedError, compare_held_out
-from factorkit.nerfdiff.scene import Scene, scale_focal
+from factorkit.nerfdiff.scene import Scene, scale_focal, with_intrinsics
 from factorkit.nerfdiff.stages.flip_test import split_in_halves
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
@@ -197,7 +196,7 @@ class StageTraining:
 
     def scene_with(self, fitted: Any) -> Scene:
         """Return the scene of the run with the focal length of a fit."""
-        return replace(self.scene, camera=self.scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
+        return with_intrinsics(self.scene, fitted.camera.intrinsics.detach())
 
     def final_field(self) -> Field:
         """Return a fresh field of the settings; for Gaussians the grid that they start from."""

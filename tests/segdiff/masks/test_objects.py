@@ -136,6 +136,23 @@ def test_align_coarsely_heeds_place_and_cue():
     torch.testing.assert_close(model.align_coarsely(images, masks), masks)
 
 
+def test_align_with_colors_large_images_find_the_shapes_on_a_smaller_copy(monkeypatch):
+    model, seen = ObjectMasks(2, 16).requires_grad_(False), []
+    images, masks = torch.full((1, 3, 130, 200), -0.8), torch.full((1, 2, 130, 200), 0.5)
+    images[:, :, 40:90, 60:130] = 0.8
+    align = ObjectMasks.align_coarsely
+
+    def record(self, images, masks):
+        seen.append((images.shape[2:], masks.shape[2:]))
+        return align(self, images, masks)
+
+    monkeypatch.setattr(ObjectMasks, "align_coarsely", record)
+    large = model.align_with_colors(images, masks)
+    small = model.align_with_colors(*(resize(x, 65, 100) for x in (images, masks)))
+    assert seen == [((65, 100), (65, 100))] * 2
+    assert (large.argmax(1) == resize(small, 130, 200).argmax(1)).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (3, 200), (90, 70)])
 def test_measure_cue_of_any_size_is_finite(shape):
     cue = measure_cue(torch.randn(2, 3, *shape).clamp(-1, 1))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.mask_checks import check_object_masks, measure_shared_colors, shrink
+from factorkit.nerfdiff.mask_checks import check_object_masks, measure_shared_colors, shrink
 from factorkit.segdiff.alarms import cluster_colors
 from factorkit.utils.images import images_to_pixels, pixels_to_signed
 
