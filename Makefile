@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## train on procedural flowers, segment, generate, repo
 # A process a core, of one thread: the tensors of the tests are so small that handing them to a second thread
 # takes longer than the work. Bytecode is written whatever the environment says: half of the collection is compiling
 # the tests, and subprocesses would compile the package again. ARGS="-n 0 -s" shows what tests print.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --timeout=300
 
 test: $(VENV)/.installed-test ## the test suite
 	$(PYTEST) $(ARGS)
@@ -36,7 +36,7 @@ wheel-test: ## build a wheel, install it into an environment of its own (WHEEL=)
 	$(WHEEL)/bin/python -m pip wheel --disable-pip-version-check --no-deps -w $(WHEEL)/wheels .
 	$(WHEEL)/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$$(echo $(WHEEL)/wheels/factorkit-*.whl)[test]"
 	git ls-files -z -- ':!factorkit' ':!kernels' | tar -c --null -T - | tar -x -C $(WHEEL)/tree
-	cd $(WHEEL)/tree && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(abspath $(WHEEL))/bin/python -m pytest -n logical --dist loadfile \
+	cd $(WHEEL)/tree && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(abspath $(WHEEL))/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder \
 		--timeout=300 --ignore tests/test_build.py $(ARGS)
 
 test-fast: $(VENV)/.installed-test ## the tests without those marked slow: what to run before every commit

@@ -45,10 +45,15 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test of the slow folders and modules."""
+    """Mark every test of the slow folders and modules, and run the modules with slow tests first.
+
+    Otherwise one of two processes would still run a long module where the other has nothing left.
+    """
     for item in items:
         if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection(session):

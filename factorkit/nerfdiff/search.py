@@ -324,8 +324,11 @@ def _with_search(config: NerfdiffConfig, search: Any) -> NerfdiffConfig:
 
 
 def read_stored_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder; nothing if there is none."""
-    return read_settings(folder) if (folder / CONFIG).is_file() else {}
+    """Return the settings of the run in a folder; nothing if there is none. Collective.
+
+    Process 0 may write them as soon as it has read them, before another process would.
+    """
+    return distributed.run_on_first(lambda: read_settings(folder) if (folder / CONFIG).is_file() else {})
 
 
 def load_record(folder: Path) -> SearchRecord:

@@ -44,8 +44,13 @@ def localise_unregistered(
         data: of the training, as is ``reading``.
         reading: how the data are read.
     """
-    if (folder / LOCALISED).is_file() and read_object(folder / LOCALISED).get("step") == step:
-        return load_localised(folder)
+
+    def load() -> LocalisedViews | None:
+        is_done = (folder / LOCALISED).is_file() and read_object(folder / LOCALISED).get("step") == step
+        return load_localised(folder) if is_done else None
+
+    if (done := distributed.run_on_first(load)) is not None:
+        return done
     views = open_unregistered(data, reading, folder, max(scene.model.size))
     result = LocalisedViews()
     if views is not None:

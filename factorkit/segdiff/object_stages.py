@@ -112,6 +112,8 @@ class ObjectStages:
         all_used = len(rows) == len(images)
         self.images = shrink(images if all_used else images[rows], measured_side(config.resolution, config.side))
         self.latents = latents if latents is None or all_used else latents[rows]
+        #: what led to the masks is in the log already
+        self.is_logged = distributed.run_on_first((folder / "stages" / "distil").exists)
 
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
@@ -210,7 +212,7 @@ class ObjectStages:
 
     def log_weight(self, weight: float, reason: str) -> None:
         """Log the weight of the cue and its reason, once."""
-        if not (self.folder / "stages" / "distil").exists():
+        if not self.is_logged:
             self.log(f"object masks with cue_weight={weight:g}: {reason}")
 
     def measure_error(self, mixture: SpatialMixture, weight: float) -> float:
@@ -227,7 +229,7 @@ class ObjectStages:
             choose: the number is open, and the result is used; else the configured one is.
         """
         regions = self.config.num_leaf_regions
-        if not choose and (self.folder / "stages" / "distil").exists():
+        if not choose and self.is_logged:
             return regions
         checked = len(self.images) >= MIN_CUE_IMAGES
         if choose and not checked:
@@ -250,7 +252,7 @@ class ObjectStages:
 
     def explain_masks(self, mixture: SpatialMixture, weight: float) -> None:
         """Log once whether place or cue leads the masks, by the noise that each explains beside the other."""
-        if (self.folder / "stages" / "distil").exists() or len(self.images) < MIN_CUE_IMAGES:
+        if self.is_logged or len(self.images) < MIN_CUE_IMAGES:
             return
         flat = copy.deepcopy(mixture).requires_grad_(False)
         flat.prior_logits.copy_(flat.prior_logits.mean((1, 2), keepdim=True).expand_as(flat.prior_logits))

@@ -118,6 +118,9 @@ def train_segdiff(
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
     given, autoencoder = settle_latents(preset, changes, folder)
+    device = distributed.local_device(resolve_device(given.device))
+    join_processes(device)
+    distributed.check_batch(given.batch_size)  # before the images are prepared, which may take long
     given, note = settle_regions(given, folder)
     config = given.resolved()
     note = "\n".join(line for line in (note, advise_size(preset, config)) if line)
@@ -125,9 +128,6 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
         raise ConfigError("class_names= is set by train_segdiff(classes=...); give classes= instead")
-    device = distributed.local_device(resolve_device(config.device))
-    join_processes(device)
-    distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     if progress and note:
         distributed.run_on_first(lambda: print(note, file=sys.stderr))
     with distributed.first_on_machine():
@@ -234,11 +234,11 @@ def settle_regions(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, 
     """Return the settings with ``masks`` and ``regions`` as a run in ``folder`` needs them, and why in lines.
 
     A run that was started with masks="network", once the default, resumes with it, and one with a number of regions
-    too. ``regions`` stays None where masks="auto" chooses the number.
+    too. ``regions`` stays None where masks="auto" chooses the number. Collective.
     """
     masks, note = config.choose_masks()
     regions, notes = config.regions, [note] if note else []
-    stored = read_settings(folder) if (folder / CONFIG).exists() else {}
+    stored = distributed.run_on_first(lambda: read_settings(folder) if (folder / CONFIG).exists() else {})
     if stored.get("model") == "segdiff":
         if config.masks is None and masks == "auto" and stored.get("masks") == "network":
             masks, notes = "network", [f'masks="network": {folder} was started with it']

@@ -9,6 +9,7 @@ of this one, which has imported torch but never used it.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from benchmarks import tiny_runs
 from factorkit.engine import sharding
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.utils import distributed
 from factorkit.utils.errors import DataError
 
 #: by name: the training, its settings, and in how many processes beside one, with what changes of settings
@@ -53,15 +55,29 @@ def train(model: str, out: Path, **changes: Any) -> None:
     tiny_runs.train(model, out, **{"log_every": 1, "sample_every": 0, **few, **changes})
 
 
+def lag_behind() -> None:
+    """Make this process slower than the first one: what that writes must not change what this one decides."""
+    run_on_first = distributed.run_on_first
+
+    def late(work):
+        result = run_on_first(work)
+        time.sleep(0.1)
+        return result
+
+    distributed.run_on_first = late
+
+
 def start(work: Callable[[], None], rank: int, world: int, port: int) -> int:
     """Do ``work`` in a process of its own, one of ``world``; answers its id."""
     if child := os.fork():
         return child
-    signal.alarm(400)  # processes that wait for each other forever are to end, and fail the test
+    faulthandler.dump_traceback_later(120, exit=True)  # processes that wait for each other forever end, and say where
     try:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         torch.set_num_threads(1)
+        if rank:
+            lag_behind()
         work()
         os._exit(0)
     except SystemExit as end:

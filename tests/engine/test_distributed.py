@@ -18,6 +18,8 @@ from factorkit.utils.errors import ConfigError
 from factorkit.utils.files import read_log
 from tests.engine.trained import run_script
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:

@@ -65,8 +65,8 @@ def test_autocast_does_not_change_statistics_and_masks():
     assert_close(y, reference.norm_silu(exact[0], None, masks.double(), *exact[1:], None, None, 2, "masked_group"))
 
 
-COMMON = {"resolution": 8, "num_heads": 2, "norm_groups": 4, "dropout": 0.0}
-UNET = UNetBackbone(model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), **COMMON)
+COMMON = {"resolution": 4, "num_heads": 2, "norm_groups": 4, "dropout": 0.0}
+UNET = UNetBackbone(model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), **COMMON)
 UVIT = UViTBackbone(model_channels=16, depth=3, patch_size=2, **COMMON)
 
 
@@ -85,7 +85,7 @@ def test_factorized_denoiser_on_kernels_matches_reference(backbone, branch_norm,
     with torch.no_grad():
         for p in model.parameters():  # zero-initialised layers would hide everything before them
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() < 2 else p[0].numel() ** -0.5))
-    x, t, target = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 3, 8, 8)
+    x, t, target = torch.randn(2, 3, 4, 4), torch.tensor([3, 700]), torch.randn(2, 3, 4, 4)
 
     def step(model, x, target):
         out = model(x, t)
