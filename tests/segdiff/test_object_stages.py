@@ -211,11 +211,11 @@ def test_segment_of_a_huge_photo_has_its_size(whole):
     assert (segmentation.masks[0].sum(0) - 1).abs().max() < 1e-4
 
 
-def test_teacher_masks_sum_to_one():
+def test_teacher_masks_sum_to_one(tmp_path):
     images = draw_flowers(6, 16, seed=0)[0]
     config = preset_config("demo", **TINY).resolved()
     torch.manual_seed(0)
-    stages = ObjectStages(config, images, None, {}, torch.device("cpu"), False)
+    stages = ObjectStages(config, images, tmp_path, {}, torch.device("cpu"), False)
     masks = stages.teach(SpatialMixture(2, object_first=True), 1.0)
     assert masks.shape == (6, 2, LOGITS_SIDE, LOGITS_SIDE) and masks.dtype == torch.uint8
     assert (masks.int().sum(1) - 255).abs().max() <= 1
