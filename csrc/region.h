@@ -16,7 +16,7 @@ struct BlendProblem {
 
 struct BlendGradients {
     const float* masks;          // of the forward pass
-    const float* on_masks;       // [batch, regions, pixels]
+    const float* on_masks;       // [batch, regions, pixels], null for zeros
     const float* on_prediction;  // [batch, channels, pixels]
     float* logits;               // like logits
     void* branches;              // like branches

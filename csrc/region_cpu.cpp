@@ -89,7 +89,8 @@ struct Blender {
 
     FACTORKIT_INLINE void backward(const BlendGradients& d) {
         read_planes(d.masks, p.regions, masks);
-        read_planes(d.on_masks, p.regions, on_masks);
+        std::fill(on_masks.begin(), on_masks.end(), 0.0f);
+        if (d.on_masks) read_planes(d.on_masks, p.regions, on_masks);
         read_planes(d.on_prediction, p.channels, prediction);
         for (int64_t k = 0; k < p.regions; ++k) {
             read_branch(k);

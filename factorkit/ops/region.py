@@ -272,17 +272,18 @@ def _blend_fake(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blend_backward(
-    d_masks: Tensor, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
+    d_masks: Tensor | None, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
 ) -> tuple[Tensor, Tensor]:
     outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
     d_outputs = masks[:, :, None] * d_prediction[:, None]
-    d_masks = d_masks + (outputs * d_prediction[:, None]).sum(2)
-    d_logits = masks * (d_masks - (d_masks * masks).sum(1, keepdim=True))
+    on_masks = (outputs * d_prediction[:, None]).sum(2)
+    on_masks = on_masks if d_masks is None else on_masks + d_masks
+    d_logits = masks * (on_masks - (on_masks * masks).sum(1, keepdim=True))
     return d_logits.contiguous(), empty_like(branches).copy_(d_outputs.flatten(0, 1))
 
 
 def _blend_backward_fake(
-    d_masks: Tensor, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
+    d_masks: Tensor | None, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
 ) -> tuple[Tensor, Tensor]:
     return _contiguous_like(logits), empty_like(branches)
 
@@ -297,16 +298,16 @@ def _blend_cpp(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor] | None
 
 
 def _blend_backward_cpp(
-    d_masks: Tensor, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
+    d_masks: Tensor | None, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     if not _cpp_takes(logits, branches):
         return None
     values, branches, problem = _blend_problem(logits, branches)
     if masks.dtype != torch.float32:
         masks = values.softmax(1)  # rounded masks do not sum to one, on which the gradient of the logits relies
-    given = [x.float().contiguous() for x in (masks, d_masks, d_prediction)]
+    given = [None if x is None else x.float().contiguous() for x in (masks, d_masks, d_prediction)]
     d_logits, d_branches = torch.empty_like(values), torch.empty_like(branches)
-    addresses = [x.data_ptr() for x in (*given, d_logits, d_branches)]
+    addresses = [0 if x is None else x.data_ptr() for x in (*given, d_logits, d_branches)]
     EXTENSION.region_blend_backward(*problem, addresses, torch.get_num_threads())
     return d_logits.to(logits.dtype), d_branches
 
@@ -323,12 +324,16 @@ def _blend_problem(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor, tu
 
 def _blend_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[0], *inputs)
+    ctx.set_materialize_grads(False)
 
 
-def _blend_autograd(ctx: Any, d_masks: Tensor, d_prediction: Tensor) -> tuple:
+def _blend_autograd(ctx: Any, d_masks: Tensor | None, d_prediction: Tensor | None) -> tuple:
+    masks, logits, branches = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return reference_gradients(blend_branches, ctx.saved_tensors[1:], (d_masks, d_prediction))
-    return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, *ctx.saved_tensors)
+        return reference_gradients(blend_branches, (logits, branches), (d_masks, d_prediction))
+    if d_prediction is None:
+        d_prediction = torch.zeros_like(_blend_fake(logits, branches)[1])
+    return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, masks, logits, branches)
 
 
 register(
@@ -345,6 +350,6 @@ register(
     _blend_backward_fake,
     cpp=_blend_backward_cpp,
     triton=lambda d_masks, d_prediction, masks, *inputs: kernels.region_blend.blend_backward(
-        d_masks, d_prediction, *inputs
+        torch.zeros_like(masks) if d_masks is None else d_masks, d_prediction, *inputs
     ),
 )

@@ -81,6 +81,18 @@ def test_compiled_blend_of_extreme_logits_is_finite_and_saturated():
     assert torch.equal(masks[:, 0], torch.ones(1, 2, 9)) and torch.equal(out[0], branches[0])
     gradients = torch.autograd.grad(out.sum(), (logits, branches))
     assert all(torch.isfinite(g).all() for g in gradients)
+    large = torch.tensor([1000.0, 1001.0, -1000.0]).reshape(1, 3, 1, 1).expand(1, 3, 2, 9)
+    torch.testing.assert_close(ops.region_blend(large, branches)[0], large.softmax(1))
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["masks", "prediction"])
+def test_compiled_blend_with_one_output_used_matches_reference(used):
+
+    def one_of(op):
+        return lambda logits, branches: [op(logits, branches)[used] + 0 * branches.sum()]
+
+    inputs = [random(2, 3, 5, 7), random(6, 3, 5, 7)]
+    compare(one_of(ops.region_blend), one_of(reference.region_blend), inputs, "contiguous", ALLOWED[FP32])
 
 
 def test_compiled_blend_with_nan_in_a_pixel_is_nan_in_that_pixel_alone():
