@@ -258,7 +258,13 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         masks [B, K, H, W] and prediction [B, C, H, W], both in the dtype of ``logits``.
+
+    Raises:
+        ValueError: branches that are not B*K images of the logits' size.
     """
+    batch, regions, *size = logits.shape
+    if branches.shape[0] != batch * regions or list(branches.shape[2:]) != size:
+        raise ValueError(f"branches {tuple(branches.shape)} must be [B*K, C, H, W] of logits {tuple(logits.shape)}")
     return select("region_blend", blend_branches, logits)(logits, branches)
 
 

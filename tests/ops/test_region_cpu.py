@@ -127,6 +127,12 @@ def test_region_ops_of_an_empty_batch_give_empty_outputs_and_gradients():
     assert [tuple(g.shape) for g in gradients] == [(0, 2, 4, 4), (0, 3, 4, 4)]
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 4, 4), (2, 3, 4, 4), (4, 3, 4, 3), (4, 3, 2, 4)], ids=str)
+def test_blend_of_branches_that_do_not_fit_raises_value_error(shape):
+    with pytest.raises(ValueError, match=r"branches .* must be \[B\*K, C, H, W\] of logits \(2, 2, 4, 4\)"):
+        ops.region_blend(random(2, 2, 4, 4), random(*shape))
+
+
 def test_region_ops_without_extension_run_as_pytorch(monkeypatch):
     monkeypatch.setattr(region, "has_extension", lambda device: False)
     logits, branches = random(2, 2, 4, 4), random(4, 3, 4, 4)
