@@ -4,8 +4,10 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "norm.h"
+#include "region.h"
 #include "system.h"
 
 namespace py = pybind11;
@@ -71,6 +73,22 @@ factorkit::NormProblem norm_problem(const std::array<std::uintptr_t, 7>& in, con
             mask_floor};
 }
 
+// (logits, branches), (batch, regions, channels, pixels), (channels_last, is_bf16)
+factorkit::BlendProblem blend_problem(const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes,
+                                      const std::array<bool, 2>& flags) {
+    return {at<float>(in[0]), at<void>(in[1]), sizes[0], sizes[1], sizes[2], sizes[3], flags[0], flags[1]};
+}
+
+// (batch, regions, height, width), and (address, stride_b, stride_k) of each level from the masks on
+template <class Run>
+void run_pyramid(const Run& run, const std::array<std::int64_t, 4>& sizes, bool is_bf16,
+                 const std::vector<std::array<std::int64_t, 3>>& levels, int threads) {
+    py::gil_scoped_release released;
+    std::vector<factorkit::Planes> planes;
+    for (const auto& level : levels) planes.push_back({at<void>(std::uintptr_t(level[0])), level[1], level[2]});
+    run({sizes[0], sizes[1], sizes[2], sizes[3], int(levels.size()) - 1, is_bf16}, planes.data(), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -107,6 +125,39 @@ build, without a driver and without a device. Raises RuntimeError with the cause
             factorkit::norm_silu_backward(norm_problem(in, sizes, flags, eps, floor), gradients, threads);
         },
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");
+
+    m.def(
+        "region_blend_forward",
+        [](const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes,
+           const std::array<bool, 2>& flags, std::uintptr_t masks, std::uintptr_t prediction, int threads) {
+            py::gil_scoped_release released;
+            const auto problem = blend_problem(in, sizes, flags);
+            factorkit::region_blend_forward(problem, at<float>(masks), at<float>(prediction), threads);
+        },
+        "Softmax of the masks and blend of the branches on the CPU; called by factorkit.ops, see csrc/region.h.");
+    m.def(
+        "region_blend_backward",
+        [](const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes,
+           const std::array<bool, 2>& flags, const std::array<std::uintptr_t, 5>& d, int threads) {
+            py::gil_scoped_release released;
+            const factorkit::BlendGradients gradients{at<float>(d[0]), at<float>(d[1]), at<float>(d[2]), at<float>(d[3]),
+                                                      at<void>(d[4])};
+            factorkit::region_blend_backward(blend_problem(in, sizes, flags), gradients, threads);
+        },
+        "Gradients of region_blend_forward on the CPU; called by factorkit.ops, see csrc/region.h.");
+    using Levels = std::vector<std::array<std::int64_t, 3>>;
+    m.def(
+        "mask_pyramid_forward",
+        [](const std::array<std::int64_t, 4>& sizes, bool is_bf16, const Levels& levels, int threads) {
+            run_pyramid(factorkit::mask_pyramid_forward, sizes, is_bf16, levels, threads);
+        },
+        "Area averages of the masks on the CPU; called by factorkit.ops, see csrc/region.h.");
+    m.def(
+        "mask_pyramid_backward",
+        [](const std::array<std::int64_t, 4>& sizes, bool is_bf16, const Levels& levels, int threads) {
+            run_pyramid(factorkit::mask_pyramid_backward, sizes, is_bf16, levels, threads);
+        },
+        "Gradient of mask_pyramid_forward on the CPU; called by factorkit.ops, see csrc/region.h.");
 
     bind_encoding(m);
     bind_rendering(m);

@@ -120,12 +120,12 @@ def _launch_tiles(function, tensors: tuple[Tensor | None, ...], planes: int, hei
 
 
 def pyramid(masks: Tensor, levels: int) -> list[Tensor]:
-    """Average masks [B, K, H, W] at 1/2 ... 1/2^levels of the resolution; H and W are divisible by 2^levels."""
+    """Average masks [B, K, H, W] at 1/2 ... 1/2^levels of the resolution; H and W are divisible by 2^levels.
+
+    There are at most MAX_LEVELS.
+    """
     masks = masks.contiguous()
     batch, regions, height, width = masks.shape
-    if levels > MAX_LEVELS:
-        fine = pyramid(masks, MAX_LEVELS)
-        return fine + pyramid(fine[-1], levels - MAX_LEVELS)
     outputs = [masks.new_empty(batch, regions, height >> i, width >> i) for i in range(1, levels + 1)]
     tensors = (masks, *outputs, *(None,) * (MAX_LEVELS - levels))
     _launch_tiles(pyramid_kernel, tensors, batch * regions, height, width, levels)
@@ -134,9 +134,6 @@ def pyramid(masks: Tensor, levels: int) -> list[Tensor]:
 
 def pyramid_backward(grads: Sequence[Tensor]) -> Tensor:
     """Compute the gradient of the masks from those of every level, finest first."""
-    if len(grads) > MAX_LEVELS:
-        deep = pyramid_backward(grads[MAX_LEVELS:])
-        return pyramid_backward([*grads[: MAX_LEVELS - 1], grads[MAX_LEVELS - 1] + deep])
     grads = [g.contiguous() for g in grads]
     batch, regions, half_h, half_w = grads[0].shape
     out = grads[0].new_empty(batch, regions, 2 * half_h, 2 * half_w)

@@ -5,28 +5,36 @@ B images, K regions, C channels, H x W pixels. Each family reads: reference, pub
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    EXTENSION,
+    dense_format,
     empty_like,
     full_precision,
+    has_extension,
     kernels,
     reference_gradients,
     register,
-    save_inputs,
     select,
     with_layout_of,
 )
 
 POOL_FLOOR = 0.5  # half a pixel: the token of an empty region tends to zero instead of to noise
+LEVELS_PER_CALL = 5  # of the op: as many as a launch of kernels/mask_pyramid.py computes
+CPP_DTYPES = (torch.float32, torch.bfloat16)  # of csrc/region_cpu.cpp
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _cpp_takes(*tensors: Tensor) -> bool:
+    return all(x.dtype in CPP_DTYPES and x.numel() > 0 for x in tensors) and has_extension("cpu")
 
 
 # --- mask pyramid ---
@@ -57,16 +65,28 @@ def mask_pyramid(masks: Tensor, levels: int) -> list[Tensor]:
     height, width = masks.shape[2:]
     if height % 2**levels or width % 2**levels:
         raise ValueError(f"masks of {height}x{width} pixels cannot be halved {levels} times")
-    if levels == 0:
-        return [masks]
-    return [masks, *select("mask_pyramid", average_masks, masks)(masks, levels)]
+    run = select("mask_pyramid", average_masks, masks)
+    pyramid = [masks]
+    while len(pyramid) <= levels:
+        count = min(levels + 1 - len(pyramid), LEVELS_PER_CALL)
+        pyramid += run(pyramid[-1], count)[:count]
+    return pyramid
 
 
-def _pyramid(masks: Tensor, levels: int) -> list[Tensor]:
-    return average_masks(masks.contiguous(), levels)
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # a list would cost autograd longer than the averages take
 
 
-def _pyramid_fake(masks: Tensor, levels: int) -> list[Tensor]:
+def _pad(levels: list[Tensor]) -> FiveTensors:
+    """Append empty tensors: an op has the same number of outputs whatever its arguments."""
+    missing = LEVELS_PER_CALL - len(levels)
+    return cast(FiveTensors, (*levels, *(levels[0].new_empty(0) for _ in range(missing))))
+
+
+def _pyramid(masks: Tensor, levels: int) -> FiveTensors:
+    return _pad(average_masks(masks.contiguous(), levels))
+
+
+def _allocate_levels(masks: Tensor, levels: int) -> list[Tensor]:
     b, k, h, w = masks.shape
     return [masks.new_empty(b, k, h >> i, w >> i) for i in range(1, levels + 1)]
 
@@ -85,12 +105,43 @@ def _pyramid_backward_fake(grads: list[Tensor]) -> Tensor:
     return grads[0].new_empty(b, k, 2 * h, 2 * w)
 
 
-def _pyramid_setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    ctx.save_for_backward(*output)
+def _pyramid_cpp(masks: Tensor, levels: int) -> FiveTensors | None:
+    if not _cpp_takes(masks):
+        return None
+    out = _allocate_levels(masks, levels)
+    _call_pyramid("mask_pyramid_forward", [_with_dense_planes(masks), *out])
+    return _pad(out)
 
 
-def _pyramid_autograd(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    filled = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, ctx.saved_tensors, strict=True)]
+def _pyramid_backward_cpp(grads: list[Tensor]) -> Tensor | None:
+    if not _cpp_takes(*grads):
+        return None
+    out = _pyramid_backward_fake(grads)
+    _call_pyramid("mask_pyramid_backward", [out, *map(_with_dense_planes, grads)])
+    return out
+
+
+def _with_dense_planes(x: Tensor) -> Tensor:
+    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
+
+
+def _call_pyramid(name: str, levels: list[Tensor]) -> None:
+    planes = [(x.data_ptr(), *x.stride()[:2]) for x in levels]
+    getattr(EXTENSION, name)(levels[0].shape, levels[0].dtype == torch.bfloat16, planes, torch.get_num_threads())
+
+
+def _pyramid_setup_context(ctx: Any, inputs: tuple, output: FiveTensors) -> None:
+    ctx.shape, ctx.levels = inputs[0].shape, inputs[1]
+    ctx.mark_non_differentiable(*output[ctx.levels :])
+    ctx.set_materialize_grads(False)
+
+
+def _pyramid_autograd(ctx: Any, *grads: Tensor | None) -> tuple:
+    b, k, h, w = ctx.shape
+    present = next((g for g in grads if g is not None), None)
+    if present is None:
+        return None, None
+    filled = [present.new_zeros(b, k, h >> i, w >> i) if g is None else g for i, g in enumerate(grads[: ctx.levels], 1)]
     if torch.is_grad_enabled():  # linear: its own gradient is differentiable
         return _pyramid_backward(filled), None
     return torch.ops.factorkit.mask_pyramid_backward(filled), None
@@ -99,14 +150,16 @@ def _pyramid_autograd(ctx: Any, grads: list[Tensor | None]) -> tuple:
 register(
     "mask_pyramid",
     _pyramid,
-    _pyramid_fake,
-    triton=lambda masks, levels: kernels.mask_pyramid.pyramid(masks, levels),
+    lambda masks, levels: _pad(_allocate_levels(masks, levels)),
+    cpp=_pyramid_cpp,
+    triton=lambda masks, levels: _pad(kernels.mask_pyramid.pyramid(masks, levels)),
     autograd=(_pyramid_setup_context, _pyramid_autograd),
 )
 register(
     "mask_pyramid_backward",
     _pyramid_backward,
     _pyramid_backward_fake,
+    cpp=_pyramid_backward_cpp,
     triton=lambda grads: kernels.mask_pyramid.pyramid_backward(grads),
 )
 
@@ -205,7 +258,13 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         masks [B, K, H, W] and prediction [B, C, H, W], both in the dtype of ``logits``.
+
+    Raises:
+        ValueError: branches that are not B*K images of the logits' size.
     """
+    batch, regions, *size = logits.shape
+    if branches.shape[0] != batch * regions or list(branches.shape[2:]) != size:
+        raise ValueError(f"branches {tuple(branches.shape)} must be [B*K, C, H, W] of logits {tuple(logits.shape)}")
     return select("region_blend", blend_branches, logits)(logits, branches)
 
 
@@ -218,37 +277,85 @@ def _blend_fake(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     return _contiguous_like(logits), logits.new_empty(logits.shape[0], branches.shape[1], *logits.shape[2:])
 
 
-def _blend_backward(d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-    masks = logits.softmax(dim=1)
+def _blend_backward(
+    d_masks: Tensor | None, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
+) -> tuple[Tensor, Tensor]:
     outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
     d_outputs = masks[:, :, None] * d_prediction[:, None]
-    d_masks = d_masks + (outputs * d_prediction[:, None]).sum(2)
-    d_logits = masks * (d_masks - (d_masks * masks).sum(1, keepdim=True))
+    on_masks = (outputs * d_prediction[:, None]).sum(2)
+    on_masks = on_masks if d_masks is None else on_masks + d_masks
+    d_logits = masks * (on_masks - (on_masks * masks).sum(1, keepdim=True))
     return d_logits.contiguous(), empty_like(branches).copy_(d_outputs.flatten(0, 1))
 
 
 def _blend_backward_fake(
-    d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor
+    d_masks: Tensor | None, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
 ) -> tuple[Tensor, Tensor]:
     return _contiguous_like(logits), empty_like(branches)
 
 
-def _blend_autograd(ctx: Any, d_masks: Tensor, d_prediction: Tensor) -> tuple:
+def _blend_cpp(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not _cpp_takes(logits, branches):
+        return None
+    values, branches, problem = _blend_problem(logits, branches)
+    masks, prediction = _blend_fake(values, branches)
+    EXTENSION.region_blend_forward(*problem, masks.data_ptr(), prediction.data_ptr(), torch.get_num_threads())
+    return masks.to(logits.dtype), prediction.to(logits.dtype)
+
+
+def _blend_backward_cpp(
+    d_masks: Tensor | None, d_prediction: Tensor, masks: Tensor, logits: Tensor, branches: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    if not _cpp_takes(logits, branches):
+        return None
+    values, branches, problem = _blend_problem(logits, branches)
+    if masks.dtype != torch.float32:
+        masks = values.softmax(1)  # rounded masks do not sum to one, on which the gradient of the logits relies
+    given = [None if x is None else x.float().contiguous() for x in (masks, d_masks, d_prediction)]
+    d_logits, d_branches = torch.empty_like(values), torch.empty_like(branches)
+    addresses = [0 if x is None else x.data_ptr() for x in (*given, d_logits, d_branches)]
+    EXTENSION.region_blend_backward(*problem, addresses, torch.get_num_threads())
+    return d_logits.to(logits.dtype), d_branches
+
+
+def _blend_problem(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """Return the logits in fp32 and the branches, both dense, and the arguments of csrc/region.h that they are."""
+    layout = dense_format(branches)
+    logits, branches = logits.float().contiguous(), branches.contiguous(memory_format=layout)
+    batch, regions, height, width = logits.shape
+    sizes = [batch, regions, branches.shape[1], height * width]
+    flags = [layout == torch.channels_last, branches.dtype == torch.bfloat16]
+    return logits, branches, ([logits.data_ptr(), branches.data_ptr()], sizes, flags)
+
+
+def _blend_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[0], *inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _blend_autograd(ctx: Any, d_masks: Tensor | None, d_prediction: Tensor | None) -> tuple:
+    masks, logits, branches = ctx.saved_tensors
     if torch.is_grad_enabled():
-        return reference_gradients(blend_branches, ctx.saved_tensors, (d_masks, d_prediction))
-    return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, *ctx.saved_tensors)
+        return reference_gradients(blend_branches, (logits, branches), (d_masks, d_prediction))
+    if d_prediction is None:
+        d_prediction = torch.zeros_like(_blend_fake(logits, branches)[1])
+    return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, masks, logits, branches)
 
 
 register(
     "region_blend",
     _blend,
     _blend_fake,
+    cpp=_blend_cpp,
     triton=lambda logits, branches: kernels.region_blend.blend(logits, branches),
-    autograd=(save_inputs, _blend_autograd),
+    autograd=(_blend_setup_context, _blend_autograd),
 )
 register(
     "region_blend_backward",
     _blend_backward,
     _blend_backward_fake,
-    triton=lambda *grads_and_inputs: kernels.region_blend.blend_backward(*grads_and_inputs),
+    cpp=_blend_backward_cpp,
+    triton=lambda d_masks, d_prediction, masks, *inputs: kernels.region_blend.blend_backward(
+        torch.zeros_like(masks) if d_masks is None else d_masks, d_prediction, *inputs
+    ),
 )
