@@ -78,6 +78,14 @@ FACTORKIT_HOST_DEVICE Span ray_span(const Composite<T>& p, std::int64_t ray) {
     return {begin, end > begin ? end - begin : 0};
 }
 
+// On CUDA 2^lane_bits lanes of a warp share a ray, from 4 to 32: the fewest that hold the mean number of samples.
+// Shapes decide, which the host knows without asking the device, so that a launch can be recorded in a graph.
+inline int lane_bits(std::int64_t samples, std::int64_t rays) {
+    int bits = 2;
+    while (bits < 5 && samples > rays << bits) ++bits;
+    return bits;
+}
+
 // The first sample that belongs to no ray: what lies from here on is written with zeros.
 template <class T>
 FACTORKIT_HOST_DEVICE std::int64_t tail_begin(const Composite<T>& p) {

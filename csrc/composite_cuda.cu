@@ -8,46 +8,70 @@ using std::int64_t;
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// A warp walks one ray, 32 samples at a time. Sums over the samples before (or after) each are scans of the warp plus
-// what the chunks before (after) carry over.
-template <class S>
-__device__ __forceinline__ S scan_up(S x, int lane) {  // sum over lanes 0..lane
+// A warp walks one ray, 32 samples at a time, or `32 / width` short rays side by side, `width` samples of each at a
+// time. Sums over the samples before (or after) each are scans of the ray's lanes plus what the chunks before (after)
+// carry over. All lanes meet at every shuffle: a ray that has ended goes along without samples until the last of its
+// warp has.
+struct WholeWarp {
+    static constexpr int width = 32, bits = 5, first = 0, last = 31;
+    const int index = threadIdx.x % 32;
+    static constexpr unsigned mask = kAll;
+};
+
+struct PartOfWarp {
+    const int width, bits;  // a ray has width = 2^bits lanes
+    const int index;        // this lane's place among them
+    const int first, last;  // where in the warp they begin and end
+    const unsigned mask;
+
+    __device__ __forceinline__ explicit PartOfWarp(int bits)
+        : width(1 << bits), bits(bits), index(threadIdx.x & (width - 1)), first(threadIdx.x % 32 - index),
+          last(first + width - 1), mask(kAll >> (32 - width) << first) {}
+};
+
+template <class S, class Lanes>
+__device__ __forceinline__ S scan_up(S x, const Lanes& l) {  // sum over the ray's lanes up to this one
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
+        if (step >= l.width) break;
         const S other = __shfl_up_sync(kAll, x, step);
-        if (lane >= step) x += other;
+        if (l.index >= step) x += other;
     }
     return x;
 }
 
-template <class S>
-__device__ __forceinline__ S scan_down(S x, int lane) {  // sum over lanes lane..31
+template <class S, class Lanes>
+__device__ __forceinline__ S scan_down(S x, const Lanes& l) {  // sum over the ray's lanes from this one on
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
+        if (step >= l.width) break;
         const S other = __shfl_down_sync(kAll, x, step);
-        if (lane + step < 32) x += other;
+        if (l.index + step < l.width) x += other;
     }
     return x;
 }
 
-template <class S>
-__device__ __forceinline__ S sum_lanes(S x) {
+template <class S, class Lanes>
+__device__ __forceinline__ S sum_lanes(S x, const Lanes& l) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
+    for (int step = 1; step < 32; step *= 2) {
+        if (step >= l.width) break;
+        x += __shfl_xor_sync(kAll, x, step);
+    }
     return x;
 }
 
 // An inclusive scan without its own lane's part; not by subtraction, which infinite depth would turn into NaN.
-template <class S>
-__device__ __forceinline__ S before_lane(S scanned, int lane) {
+template <class S, class Lanes>
+__device__ __forceinline__ S before_lane(S scanned, const Lanes& l) {
     const S other = __shfl_up_sync(kAll, scanned, 1);
-    return lane == 0 ? S(0) : other;
+    return l.index == 0 ? S(0) : other;
 }
 
-template <class S>
-__device__ __forceinline__ S after_lane(S scanned, int lane) {
+template <class S, class Lanes>
+__device__ __forceinline__ S after_lane(S scanned, const Lanes& l) {
     const S other = __shfl_down_sync(kAll, scanned, 1);
-    return lane == 31 ? S(0) : other;
+    return l.index == l.width - 1 ? S(0) : other;
 }
 
 // Sums over all samples in front of a chunk.
@@ -66,9 +90,9 @@ struct Sample {
 };
 
 // Reads sample `i` where `live`, and moves the carry to the next chunk. `limit`: see stop_depth.
-template <class T>
+template <class T, class Lanes>
 __device__ __forceinline__ Sample<wide_t<T>> take(const Composite<T>& p, int64_t i, bool& live, wide_t<T> limit,
-                                                  bool spread, Carry<wide_t<T>>& carry, int lane) {
+                                                  bool spread, Carry<wide_t<T>>& carry, const Lanes& l) {
     using S = wide_t<T>;
     Sample<S> s;
     if (live) {
@@ -78,10 +102,10 @@ __device__ __forceinline__ Sample<wide_t<T>> take(const Composite<T>& p, int64_t
         s.mid = S(0.5) * (t0 + t1);
         s.tau = optical_depth(s.sigma, s.length);
     }
-    const S before = S(carry.depth + double(before_lane(scan_up(s.tau, lane), lane)));
+    const S before = S(carry.depth + double(before_lane(scan_up(s.tau, l), l)));
     live = live && !(before > limit);
     if (!live) s.tau = 0;
-    carry.depth += double(sum_lanes(s.tau));
+    carry.depth += double(sum_lanes(s.tau, l));
     if (live) {
         const Attenuation<S> here = attenuate(s.tau);
         s.reaching = attenuate(before).passed;
@@ -90,37 +114,34 @@ __device__ __forceinline__ Sample<wide_t<T>> take(const Composite<T>& p, int64_t
         s.weight = s.reaching * here.stopped;
     }
     if (spread) {  // the same for the whole launch
-        const S weights = scan_up(s.weight, lane);
-        s.below = carry.weight + before_lane(weights, lane);
-        const S other = __shfl_up_sync(kAll, s.mid, 1), mid_before = lane == 0 ? carry.mid : other;
+        const S weights = scan_up(s.weight, l);
+        s.below = carry.weight + before_lane(weights, l);
+        const S other = __shfl_up_sync(kAll, s.mid, 1), mid_before = l.index == 0 ? carry.mid : other;
         // The first sample of a ray has nothing below, so what is before it does not matter.
-        s.spread = carry.spread + scan_up(live ? s.below * (s.mid - mid_before) : S(0), lane);
-        carry.weight += __shfl_sync(kAll, weights, 31);
-        carry.spread = __shfl_sync(kAll, s.spread, 31);
-        carry.mid = __shfl_sync(kAll, s.mid, 31);
+        s.spread = carry.spread + scan_up(live ? s.below * (s.mid - mid_before) : S(0), l);
+        carry.weight += __shfl_sync(kAll, weights, l.last);
+        carry.spread = __shfl_sync(kAll, s.spread, l.last);
+        carry.mid = __shfl_sync(kAll, s.mid, l.last);
     }
     return s;
 }
 
 // C: room for that many channels.
-template <class T, int C>
-__global__ void __launch_bounds__(kThreads) forward(const Composite<T> p, const CompositeOutputs<wide_t<T>> out) {
+template <int C, class T, class Lanes>
+__device__ __forceinline__ void forward_ray(const Composite<T>& p, const CompositeOutputs<wide_t<T>>& out, int64_t ray,
+                                            const Lanes& l) {
     using S = wide_t<T>;
-    const int64_t ray = thread_index() / 32;
-    const int lane = threadIdx.x % 32;
-    if (ray >= p.rays) return;
     const Span span = ray_span(p, ray);
     const S limit = stop_depth(p.early_stop);
     Carry<S> carry;
     S color[C] = {}, depth = 0, distortion = 0;
-    int64_t used = 0, chunk = 0;
-    for (bool stopped = false; chunk < span.count && !stopped; chunk += 32) {
-        const int64_t i = span.begin + chunk + lane;
-        const bool there = chunk + lane < span.count;
+    int steps = 0, alive = 0;  // chunks of this ray, and samples of the last one before the early stop
+    bool going = span.count > 0;
+    for (int chunk = 0; __any_sync(kAll, going); ++chunk) {
+        const int64_t k = (int64_t(chunk) << l.bits) + l.index, i = span.begin + k;
+        const bool there = going && k < span.count;
         bool live = there;
-        const Sample<S> s = take(p, i, live, limit, out.distortion != nullptr, carry, lane);
-        used += __popc(__ballot_sync(kAll, live));
-        stopped = __any_sync(kAll, there && !live);
+        const Sample<S> s = take(p, i, live, limit, out.distortion != nullptr, carry, l);
         if (live) {
 #pragma unroll
             for (int c = 0; c < C; ++c)
@@ -129,73 +150,85 @@ __global__ void __launch_bounds__(kThreads) forward(const Composite<T> p, const 
             distortion += s.weight * (2 * s.spread + s.weight * s.length * S(1.0 / 3));
         }
         if (out.weights && there) out.weights[i] = s.weight;
+        const int count = __popc(__ballot_sync(kAll, live) & l.mask);
+        if (!going) continue;
+        steps = chunk + 1;
+        alive = count;
+        going = count == l.width && (int64_t(steps) << l.bits) < span.count;
     }
     if (out.weights)
-        for (int64_t i = chunk + lane; i < span.count; i += 32) out.weights[span.begin + i] = 0;
+        for (int64_t i = (int64_t(steps) << l.bits) + l.index; i < span.count; i += l.width)
+            out.weights[span.begin + i] = 0;
 
     const Attenuation<S> whole = attenuate(S(carry.depth));
     const S* background = p.background ? p.background + (p.background_shared ? 0 : ray * p.channels) : nullptr;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-        const S sum = sum_lanes(color[c]);
-        if (c < p.channels && lane == c % 32)
+        const S sum = sum_lanes(color[c], l);
+        if (c < p.channels && l.index == c % l.width)
             out.color[ray * p.channels + c] = sum + (background ? whole.passed * background[c] : S(0));
     }
-    depth = sum_lanes(depth);
-    distortion = sum_lanes(distortion);
-    if (lane == 0) {
+    depth = sum_lanes(depth, l);
+    distortion = sum_lanes(distortion, l);
+    if (l.index == 0) {
         out.depth[ray] = depth;
         out.opacity[ray] = whole.stopped;
-        out.used[ray] = used;
+        out.used[ray] = steps ? (int64_t(steps - 1) << l.bits) + alive : 0;
         if (out.distortion) out.distortion[ray] = distortion;
     }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) backward(const Composite<T> p, const CompositeGradients<T> d) {
+template <class T, class Lanes>
+__device__ __forceinline__ void backward_ray(const Composite<T>& p, const CompositeGradients<T>& d, int64_t ray,
+                                             const Lanes& l) {
     using S = wide_t<T>;
-    const int64_t ray = thread_index() / 32;
-    const int lane = threadIdx.x % 32;
-    if (ray >= p.rays) return;
     const Span span = ray_span(p, ray);
-    const int64_t used = d.used[ray], chunks = (used + 31) / 32;
+    const int64_t used = d.used[ray];
+    int64_t longest = used;  // of the rays of this warp
+    for (int step = 16; step >= l.width; step /= 2) {
+        const int64_t other = __shfl_xor_sync(kAll, longest, step);
+        longest = other > longest ? other : longest;
+    }
+    const int chunks = int((longest + l.width - 1) >> l.bits);
     const bool spread = d.distortion != nullptr;
     const S on_depth = d.depth ? d.depth[ray] : S(0), on_spread = spread ? d.distortion[ray] : S(0);
     const S* on_color = d.color ? d.color + ray * p.channels : nullptr;
     const S* background = p.background ? p.background + (p.background_shared ? 0 : ray * p.channels) : nullptr;
-    const auto chunk_sample = [&](int64_t chunk, Carry<S>& carry) {
-        bool live = chunk * 32 + lane < used;
-        return take(p, span.begin + chunk * 32 + lane, live, S(INFINITY), spread, carry, lane);
+    const auto chunk_sample = [&](int chunk, Carry<S>& carry) {
+        const int64_t k = (int64_t(chunk) << l.bits) + l.index;
+        bool live = k < used;
+        return take(p, span.begin + k, live, S(INFINITY), spread, carry, l);
     };
 
-    // Forward once, so that lane k knows the sums in front of the k-th of 32 stretches: one chunk each up to 1024
-    // samples. Longer stretches are walked again from there. The ray was just read, so this comes out of the caches.
-    const int64_t stretch = (chunks + 31) / 32;
+    // Forward once, so that lane k of a ray knows the sums in front of the k-th of `width` stretches: one chunk each up
+    // to width^2 samples. Longer stretches are walked again from there. The ray was just read, so this comes out of the
+    // caches.
+    const int stretch = (chunks + l.width - 1) >> l.bits;
     Carry<S> carry, mine;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        if (chunk == lane * stretch) mine = carry;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        if (chunk == l.index * stretch) mine = carry;
         chunk_sample(chunk, carry);
     }
     const S end = attenuate(S(carry.depth)).passed;
 
     S on_end = d.opacity ? -d.opacity[ray] : S(0);  // gradient of the transmittance at the end
     for (int c = 0; c < p.channels && background; ++c) on_end += on_color ? on_color[c] * background[c] : S(0);
-    if (d.background && lane < p.channels)
-        d.background[ray * p.channels + lane] = on_color ? end * on_color[lane] : S(0);
+    for (int c = l.index; c < p.channels && d.background; c += l.width)
+        d.background[ray * p.channels + c] = on_color ? end * on_color[c] : S(0);
     const S through = on_end * end;
 
     // Backward: sums over all samples behind the chunk.
     S later = 0, weight_after = 0, spread_after = 0, mid_after = 0;
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int owner = int(chunk / stretch);
-        carry.depth = __shfl_sync(kAll, mine.depth, owner);
-        carry.weight = __shfl_sync(kAll, mine.weight, owner);
-        carry.spread = __shfl_sync(kAll, mine.spread, owner);
-        carry.mid = __shfl_sync(kAll, mine.mid, owner);
-        for (int64_t k = owner * stretch; k < chunk; ++k) chunk_sample(k, carry);
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+        const int owner = chunk / stretch, from = l.first + owner;
+        carry.depth = __shfl_sync(kAll, mine.depth, from);
+        carry.weight = __shfl_sync(kAll, mine.weight, from);
+        carry.spread = __shfl_sync(kAll, mine.spread, from);
+        carry.mid = __shfl_sync(kAll, mine.mid, from);
+        for (int again = owner * stretch; again < chunk; ++again) chunk_sample(again, carry);
         const Sample<S> s = chunk_sample(chunk, carry);
-        const int64_t i = span.begin + chunk * 32 + lane;
-        const bool live = chunk * 32 + lane < used;
+        const int64_t k = (int64_t(chunk) << l.bits) + l.index, i = span.begin + k;
+        const bool live = k < used;
 
         S value = live ? on_depth * s.mid + (d.weights ? d.weights[i] : S(0)) : S(0), on_mid = s.weight * on_depth;
         for (int c = 0; c < p.channels && live; ++c) {
@@ -204,21 +237,21 @@ __global__ void __launch_bounds__(kThreads) backward(const Composite<T> p, const
             if (d.rgb) store(s.weight * g, d.rgb[i * p.channels + c]);
         }
         if (spread) {
-            const S weights = scan_down(s.weight, lane);
-            const S above = weight_after + after_lane(weights, lane);
+            const S weights = scan_down(s.weight, l);
+            const S above = weight_after + after_lane(weights, l);
             const S other = __shfl_down_sync(kAll, s.mid, 1);
-            const bool next = chunk * 32 + lane + 1 < used;
-            const S step = next ? (lane == 31 ? mid_after : other) - s.mid : S(0);
-            const S pairs = spread_after + scan_down(above * step, lane);
+            const bool next = k + 1 < used;
+            const S step = next ? (l.index == l.width - 1 ? mid_after : other) - s.mid : S(0);
+            const S pairs = spread_after + scan_down(above * step, l);
             if (live) value += 2 * on_spread * (s.spread + pairs + s.weight * s.length * S(1.0 / 3));
             on_mid += 2 * on_spread * s.weight * (s.below - above);
-            weight_after += __shfl_sync(kAll, weights, 0);
-            spread_after = __shfl_sync(kAll, pairs, 0);
-            mid_after = __shfl_sync(kAll, s.mid, 0);
+            weight_after += __shfl_sync(kAll, weights, l.first);
+            spread_after = __shfl_sync(kAll, pairs, l.first);
+            mid_after = __shfl_sync(kAll, s.mid, l.first);
         }
-        const S terms = scan_down(s.weight * value, lane);
-        const S d_tau = s.reaching * s.passed * value - (later + after_lane(terms, lane)) - through;
-        later += __shfl_sync(kAll, terms, 0);
+        const S terms = scan_down(s.weight * value, l);
+        const S d_tau = s.reaching * s.passed * value - (later + after_lane(terms, l)) - through;
+        later += __shfl_sync(kAll, terms, l.first);
         if (!live) continue;
         const S on_length = on_spread * s.weight * s.weight * S(1.0 / 3);
         const SampleGradient<S> g = sample_gradient(s.sigma, s.length, d_tau, on_mid, on_length);
@@ -228,12 +261,45 @@ __global__ void __launch_bounds__(kThreads) backward(const Composite<T> p, const
             d.t_end[i] = g.t_end;
         }
     }
-    for (int64_t k = used + lane; k < span.count; k += 32) {
+    for (int64_t k = used + l.index; k < span.count; k += l.width) {
         const int64_t i = span.begin + k;
         d.sigma[i] = T{};
         if (d.t_start) d.t_start[i] = d.t_end[i] = S(0);
         for (int c = 0; c < p.channels && d.rgb; ++c) d.rgb[i * p.channels + c] = T{};
     }
+}
+
+// Calls run(ray, lanes) for the rays of this warp: short ones side by side, but one after another on all lanes where
+// one of them has more samples than a warp has lanes. The last ray fills the places of those that the last warp lacks.
+template <bool Short, class T, class Run>
+__device__ __forceinline__ void for_rays(const Composite<T>& p, int bits, const Run& run) {
+    if constexpr (Short) {
+        const int64_t first = thread_index() / 32 << (5 - bits), last = p.rays - 1;
+        if (first > last) return;
+        const int64_t mine = first + (threadIdx.x % 32 >> bits);
+        const bool together = !__any_sync(kAll, ray_span(p, mine < last ? mine : last).count > 32);
+        const PartOfWarp lanes(together ? bits : 5);
+        for (int i = 0; i < 32 >> bits; i += together ? 32 : 1) {
+            const int64_t ray = first + i + (threadIdx.x % 32 >> lanes.bits);
+            run(ray < last ? ray : last, lanes);
+        }
+    } else {
+        const int64_t ray = thread_index() / 32;
+        if (ray < p.rays) run(ray, WholeWarp());
+    }
+}
+
+template <class T, int C, bool Short>
+__global__ void __launch_bounds__(kThreads)
+    forward(const Composite<T> p, const CompositeOutputs<wide_t<T>> out, int bits) {
+    for_rays<Short>(p, bits, [&](int64_t ray, const auto& lanes) { forward_ray<C>(p, out, ray, lanes); });
+}
+
+// At least so many blocks at once on a multiprocessor: where it is left to choose, ptxas spills to save registers.
+template <class T, bool Short>
+__global__ void __launch_bounds__(kThreads, (Short ? 3 : 4) / (sizeof(T) == 8 ? 2 : 1))
+    backward(const Composite<T> p, const CompositeGradients<T> d, int bits) {
+    for_rays<Short>(p, bits, [&](int64_t ray, const auto& lanes) { backward_ray(p, d, ray, lanes); });
 }
 
 // What belongs to no ray is zero; where it begins is known on the device alone.
@@ -250,7 +316,11 @@ __global__ void __launch_bounds__(kThreads) clear_tail(const Composite<T> p, wid
 
 template <class T, int C>
 void launch_forward(const Composite<T>& p, const CompositeOutputs<wide_t<T>>& out, cudaStream_t stream) {
-    forward<T, C><<<blocks_for(p.rays, 32), kThreads, 0, stream>>>(p, out);
+    const int bits = lane_bits(p.samples, p.rays);
+    if (bits < 5)
+        forward<T, C, true><<<blocks_for(p.rays, 1 << bits), kThreads, 0, stream>>>(p, out, bits);
+    else
+        forward<T, C, false><<<blocks_for(p.rays, 1 << bits), kThreads, 0, stream>>>(p, out, bits);
 }
 
 }  // namespace
@@ -279,7 +349,11 @@ template <class T>
 void composite_backward_cuda(const Composite<T>& p, const CompositeGradients<T>& d, void* on) {
     const auto stream = static_cast<cudaStream_t>(on);
     if (p.rays > 0) {
-        backward<T><<<blocks_for(p.rays, 32), kThreads, 0, stream>>>(p, d);
+        const int bits = lane_bits(p.samples, p.rays);
+        if (bits < 5)
+            backward<T, true><<<blocks_for(p.rays, 1 << bits), kThreads, 0, stream>>>(p, d, bits);
+        else
+            backward<T, false><<<blocks_for(p.rays, 1 << bits), kThreads, 0, stream>>>(p, d, bits);
         check_launch("the gradient of composite");
     }
     if (p.offsets && p.samples > 0) {

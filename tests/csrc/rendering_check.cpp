@@ -1,6 +1,7 @@
 // Runs the rendering ops on random and on hostile inputs, every array a heap block of exactly its size, so that
 // sanitizers see any foreign access. With EMULATED_CUDA each is run through its CUDA kernel too, and the two must
 // agree.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -12,6 +13,9 @@
 #include "gaussians.h"
 #include "march.h"
 #include "resample.h"
+#ifdef EMULATED_CUDA
+#include "cuda_runtime.h"
+#endif
 
 using namespace factorkit;
 using std::int64_t;
@@ -67,14 +71,14 @@ struct Answers {
 
 template <class T>
 void check_composite(const Numbers<int64_t>& offsets, int64_t n, int channels, double stop, bool all,
-                     double tolerance) {
+                     double tolerance, double density = 0.5, int64_t per_ray = 0) {
     using S = wide_t<T>;
-    const int64_t rays = int64_t(offsets.size()) - 1;
-    auto sigma = random_numbers<T>(n, 0, 0.5), rgb = random_numbers<T>(n * channels, -1, 1);
+    const int64_t rays = per_ray ? n / per_ray : int64_t(offsets.size()) - 1;
+    auto sigma = random_numbers<T>(n, 0, density), rgb = random_numbers<T>(n * channels, -1, 1);
     Numbers<S> t0(n), t1(n);
     for (int64_t i = 0; i < n; ++i) t0[i] = S(i) / 4, t1[i] = t0[i] + S(uniform() < 0.1 ? 0 : uniform() / 4);
     auto background = random_numbers<S>(rays * channels, 0, 1);
-    const Composite<T> p{sigma.data(), rgb.data(), t0.data(), t1.data(), offsets.data(), background.data(), rays, n, 0,
+    const Composite<T> p{sigma.data(), rgb.data(), t0.data(), t1.data(), per_ray ? nullptr : offsets.data(), background.data(), rays, n, per_ray,
                          channels, false, S(stop)};
     Answers<T> cpu(rays, n, channels), cuda(rays, n, channels);
     auto g_color = random_numbers<S>(rays * channels, -1, 1), g_depth = random_numbers<S>(rays, -0.1, 0.1),
@@ -107,6 +111,45 @@ void check_composite(const Numbers<int64_t>& offsets, int64_t n, int channels, d
     agree(cpu.color, cpu.color, tolerance, "color");
     agree(cpu.sigma, cpu.sigma, tolerance, "gradient of sigma");
     agree(cpu.rgb, cpu.rgb, tolerance, "gradient of rgb");
+#endif
+}
+
+// Rays of few samples share a warp on CUDA: each width, with rays that are empty, end early, or are longer than a warp.
+void check_short_rays() {
+    constexpr int rays = 61;
+    for (int bits = 2; bits <= 5; ++bits)
+        for (const double stop : {0.0, 0.1})
+            for (const int64_t longest : {0, 70}) {
+                const double density = 80 >> bits;
+                const int channels = longest ? 32 : 3;
+                const bool all = longest || stop == 0;
+                Numbers<int64_t> offsets{0};
+                for (int r = 0; r < rays; ++r) {
+                    int64_t count = int64_t(uniform() * (1 << bits));
+                    if (r % 5 == 1) count = 0;
+                    if (r % 5 == 2) count = std::min(2 << bits, 32) - r % 2;
+                    if (r == 13) count = longest;
+                    offsets.push_back(offsets.back() + count);
+                }
+                const int64_t n = (rays << bits) - 1, per_ray = (1 << bits) - 1;  // a tail belongs to no ray
+                require(offsets[rays] < n && lane_bits(n, rays) == bits, "width of packed rays", offsets[rays], n);
+                require(lane_bits(45 * per_ray, 45) == bits, "width of dense rays", bits);
+                check_composite<double>(offsets, n, channels, stop, all, 1e-11, density);
+                check_composite<float>(offsets, n, channels, stop, all, 3e-5, density);
+                check_composite<fp16>({}, 45 * per_ray, channels, stop, all, 4e-3, density, per_ray);
+            }
+#ifdef EMULATED_CUDA
+    // 8, 4 and 2 rays a warp: so many times fewer shuffles than one ray a warp, and fewer still in each scan.
+    const auto shuffles = [](int64_t per_ray) {
+        const long before = warp.all_meetings;
+        check_composite<float>({}, 64 * per_ray, 3, 0, true, 3e-5, 1, per_ray);
+        return double(warp.all_meetings - before);
+    };
+    const double one = shuffles(32);
+    for (const int per_ray : {4, 8, 16}) {
+        const double shared = shuffles(per_ray);
+        require(shared < one / (32 / per_ray), "shuffles of short rays", shared, one);
+    }
 #endif
 }
 
@@ -302,6 +345,7 @@ int main() {
                 check_composite<bf16>(ragged, 3305, channels, stop, all, 2e-2);
                 check_composite<fp16>(ragged, 3305, channels, stop, all, 4e-3);
             }
+    check_short_rays();
     check_composite<float>({0, 0, 0}, 0, 3, 0, true, 1e-5);
     check_composite<float>({0}, 4, 3, 0, true, 1e-5);
     check_composite<float>({-7, 3, 2, 1000000, 5, -2}, 20, 3, 0, true, 1e-4);
