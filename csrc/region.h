@@ -28,8 +28,8 @@ void region_blend_backward(const BlendProblem& problem, const BlendGradients& gr
 
 // Planes [height][width] of floats or bf16, each without gaps.
 struct Planes {
-    void* data;                          // null for zeros
-    std::int64_t stride_b, stride_k;     // elements from an image to the next, from a region to the next
+    void* data;
+    std::int64_t stride_b, stride_k;  // elements from an image to the next, from a region to the next
 };
 
 struct PyramidProblem {

@@ -208,7 +208,6 @@ FACTORKIT_INLINE void spread(const float* coarse, int64_t height, int64_t width,
 
 template <class T>
 FACTORKIT_INLINE T* plane(const PyramidProblem& p, const Planes& level, int64_t index) {
-    if (!level.data) return nullptr;
     return static_cast<T*>(level.data) + index / p.regions * level.stride_b + index % p.regions * level.stride_k;
 }
 
@@ -226,7 +225,7 @@ FACTORKIT_INLINE void spread_planes(const PyramidProblem& p, const Planes* level
     for (int64_t i = begin; i < end; ++i) {
         const T* coarsest = plane<T>(p, levels[p.levels], i);
         const int64_t size = (p.height >> p.levels) * (p.width >> p.levels);
-        for (int64_t j = 0; j < size; ++j) total[j] = coarsest ? to_float(coarsest[j]) : 0.0f;
+        for (int64_t j = 0; j < size; ++j) total[j] = to_float(coarsest[j]);
         for (int l = p.levels; l > 1; --l) {
             spread(total.data(), p.height >> l, p.width >> l, plane<T>(p, levels[l - 1], i), finer.data());
             total.swap(finer);
