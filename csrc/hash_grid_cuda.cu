@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads) encode(const HashGrid<T> grid, Featu
 
 // One thread a point, over all levels: no two threads meet.
 template <class T, int D, int F>
-__global__ void __launch_bounds__(kThreads) encode_d_x(const HashGrid<T> grid, const Features<T, F>* grad, T* d_x) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 0)  // in fp64 ptxas spills if it chooses: sm_100
+    encode_d_x(const HashGrid<T> grid, const Features<T, F>* grad, T* d_x) {
     const int64_t n = thread_index();
     if (n >= grid.points) return;
     T total[D] = {};

@@ -50,7 +50,7 @@ def variants():
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.slow
 def test_no_spills_and_wide_loads(variants, capability):
     compiled = compile_all(variants, capability)
