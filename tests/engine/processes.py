@@ -44,6 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
         {2: {"shard": True, "micro_batch_size": 3}},
     ),
     "learned": ("nerfdiff", {"poses": "learned", "optimize_camera": ("focal",)}, {2: {"shard": True}}),
+    "objects": ("segdiff", {"masks": "auto", "regions": None, "mixture_steps": 3, "distil_steps": 3}, {2: {}}),
 }
 
 

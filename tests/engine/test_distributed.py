@@ -55,13 +55,15 @@ def assert_close(one: str, other: str, runs: Path) -> None:
         ("joint", 2),
         ("clipped", 2),
         ("learned", 2),
+        ("objects", 2),
     ],
 )
 @pytest.mark.slow
 def test_distributed_losses_equal_those_of_one_process(runs, name, world):
     """The thesis' form in pieces too: it has no statistics over the batch. The last two in shards (processes.py)."""
     alone, together = lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}")
-    assert alone.keys() == together.keys() and len(alone) == {"dictionary": 7, "learned": 4, "joint": 3}.get(name, 1)
+    stages = {"dictionary": 7, "learned": 4, "joint": 3, "objects": 3}.get(name, 1)
+    assert alone.keys() == together.keys() and len(alone) == stages
     for stage, expected in alone.items():
         assert [line["step"] for line in together[stage]] == list(range(1, len(expected) + 1))  # one process writes
         for one, other in zip(expected, together[stage], strict=True):
