@@ -125,10 +125,15 @@ class Trainer:
         return True
 
     def measure_step_seconds(self, steps: int) -> float:
-        """Return the mean duration of ``steps`` steps after a warm-up; nothing is written."""
+        """Return the mean duration of the last ``steps`` steps, which no step exceeds, after a warm-up.
+
+        Nothing is written.
+        """
         meter = Meter(self.device)
         take_step = self._training_step(meter)
-        for count in (WARM_UP + 1 if self.device.type == "cuda" else 1, steps):
+        warm_up = WARM_UP + 1 if self.device.type == "cuda" else 1
+        self.step = max(0, self.last - warm_up - steps)
+        for count in (warm_up, steps):
             start = time.perf_counter()
             for _ in range(count):
                 take_step(self.step)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factorkit.data.views.views import resize_area
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.cameras.poses import dolly_poses
@@ -25,6 +26,9 @@ ADAM_BETAS = (0.9, 0.99)  # few rays pass a cell in each step, so long averages 
 SHARPENING_SHARE = 0.6  # of the steps, after which nothing is blurred any more
 IMAGE_BLUR = 0.094  # standard deviation at full coarseness, in units of the longer side
 MASK_TOLERANCE = 0.25  # squared difference of opacity about which a pixel's mask begins to count as wrong
+#: Gaussians are drawn smaller at first, (up to this share of the steps, by this factor), for views of at least so many
+#: pixels: smaller ones gain nothing per second (docs/nerfdiff.md)
+COARSE_SIZES, MIN_COARSE_SIDE = ((0.5, 4), (0.75, 2)), 384
 UPDATE_EVERY = 10  # steps between changes of the blur, and between assignments of the search
 
 
@@ -111,8 +115,16 @@ def robust_error(squared: Tensor, tolerance: float | Tensor, weights: Tensor | N
     return robust.mean(1) if weights is None else (robust * weights).sum(1) / weights.sum(1).clamp_min(MIN_WEIGHT)
 
 
+def drawn_size(size: tuple[int, int], step: int, steps: int) -> tuple[int, int]:
+    """Return height and width at which Gaussians are drawn at a step, for views of a size: coarse to fine."""
+    for share, factor in COARSE_SIZES:
+        if step < share * steps and max(size) >= MIN_COARSE_SIDE:
+            return max(1, round(size[0] / factor)), max(1, round(size[1] / factor))
+    return size
+
+
 class FitTask:
-    """Minimise the squared error of random rays of the views.
+    """Minimise the squared error of random rays of the views; of whole images, coarse to fine, for Gaussians.
 
     Args:
         views: indices of the views to fit; None: all.
@@ -122,8 +134,9 @@ class FitTask:
             wrong, and show what does not move with the object: then colours count robustly too.
 
     Attributes:
-        target_images: the views [V, 3, H, W], blurred as far as the step requires.
-        target_masks: the masks [V, 1, H, W], blurred as the views are; None where they have no weight.
+        target_images: the views [V, 3, H, W], blurred or made smaller as far as the step requires.
+        target_masks: the masks [V, 1, H, W], likewise; None where they have no weight.
+        loss_masks: [V, 1, H, W], likewise but never blurred; None: all pixels count.
     """
 
     takes_device_indices = True
@@ -149,6 +162,7 @@ class FitTask:
         self.target_images = scene.images.clone() if initial_coarseness else scene.images
         masks = scene.masks if self.mask_weight else None
         self.target_masks = masks.clone() if masks is not None and initial_coarseness else masks
+        self.loss_masks = scene.loss_masks
         self.views = (torch.arange(len(scene.images)) if views is None else views).to(scene.images.device)
         self.size = len(self.views)
 
@@ -171,6 +185,7 @@ class FitTask:
         update_occupancy(field, step)
         if isinstance(field, ImageField):
             field.update(step, config.steps, config.learning_rate, config.seed)
+            self._resize_targets(field, drawn_size(self.scene.size, step, config.steps))
         self._blur_targets(step)
         return field.coarseness > 0, field.is_blurred
 
@@ -185,7 +200,7 @@ class FitTask:
             pixels = draw.integers(0, count, self.config.rays_per_view)
         first_ray = draw.rows.start * self.config.rays_per_view
         rendered = model(rows, pixels, step, first_ray, **self.pose_options(draw))
-        scored = self.scene.loss_masks
+        scored = self.loss_masks
         weights = None if scored is None else gather_pixels(scored[rows.to(scored.device)], pixels)
         colors = gather_pixels(images, pixels)
         objective = error = mean_squared_error(rendered.color, colors, (1, 2), weights)
@@ -211,6 +226,17 @@ class FitTask:
             self.target_images.copy_(gaussian_blur(self.scene.images, sigma))
             if self.target_masks is not None and self.scene.masks is not None:
                 self.target_masks.copy_(gaussian_blur(self.scene.masks, sigma))
+
+    def _resize_targets(self, field: ImageField, size: tuple[int, int]) -> None:
+        """Let the model draw images of a size with ``field``, and make views and masks as large."""
+        if size == self.model.size:
+            return
+        self.model.size, field.side = size, max(size)
+        masks = self.scene.masks if self.mask_weight else None
+        self.target_images = resize_area(self.scene.images, *size)
+        self.target_masks, self.loss_masks = (
+            None if x is None else resize_area(x, *size) for x in (masks, self.scene.loss_masks)
+        )
 
     def pose_options(self, draw: BatchDraw) -> dict[str, Tensor]:
         """Return further arguments of the pose module."""

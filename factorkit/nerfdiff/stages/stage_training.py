@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from factorkit.engine.run_folder import copy_folder
 from factorkit.engine.run_log import RunLog
@@ -21,7 +23,7 @@ from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import HeldOutErrors, SharedError, compare_held_out
 from factorkit.nerfdiff.scene import Scene, scale_focal, with_intrinsics
 from factorkit.nerfdiff.stages.flip_test import split_in_halves
-from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
+from factorkit.nerfdiff.stages.refine import COARSE_SIZES, FitTask, SceneFit, drawn_size
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.files import read_log
@@ -207,8 +209,15 @@ class StageTraining:
         """Return the fit of Gaussians that start from the grid, camera and poses of another fit."""
         config, field = self.config, self.new_field("gaussians", self.config.num_gaussians)
         assert isinstance(field, GaussianField)
-        field.side = max(self.scene.size)
         scene = self.scene_with(fitted)
+        field.side = max(scene.size)
+        (height, width), (first_height, first_width) = scene.size, drawn_size(scene.size, 0, config.gaussian_steps)
+        if first_width < width and self.progress and distributed.rank() == 0:
+            tqdm.write(
+                f"Gaussians are drawn at {first_width} x {first_height} pixels first, at {width} x {height} from "
+                f"{COARSE_SIZES[-1][0]:.0%} of the steps on, which take longer than the bar expects before",
+                file=sys.stderr,
+            )
         field.box_scale = scene.camera.box_scale
         field.start_from(fitted.field, derived_seed("start", config.seed), scene.points)
         fitted = self.fit(
