@@ -144,6 +144,7 @@ class AutoencoderConfig(EngineConfig):
         """The sizes of the network."""
         return AutoencoderSizes(
             channels=(self.model_channels, 2 * self.model_channels),
+            encoder_channels=(self.model_channels // 2, self.model_channels),
             num_res_blocks=self.num_res_blocks,
             latent_channels=self.latent_channels,
             norm_groups=self.norm_groups,
@@ -192,7 +193,7 @@ class AutoencoderTask(ImageTask):
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
         """Write photos beside their reconstructions; return the alarm on the round trip of all probes."""
         network = cast(Autoencoder, model)
-        photos = self.choose_probes(NUM_PREVIEW_IMAGES)
+        photos = self.probes[self.choose_probes(NUM_PREVIEW_IMAGES)].to(self.device)
         columns = [signed_to_pixels(images) for images in (photos, round_trip(network, photos))]
         folder.mkdir(parents=True, exist_ok=True)
         rows = list(zip(*columns, strict=True))
