@@ -141,10 +141,11 @@ class AutoencoderConfig(EngineConfig):
 
     @property
     def sizes(self) -> AutoencoderSizes:
-        """The sizes of the network."""
+        """The sizes of the network. The encoder has about a quarter of the channels: more gain .1 dB for 3 times the time."""
+        first = max(1, self.model_channels // (4 * self.norm_groups)) * self.norm_groups
         return AutoencoderSizes(
             channels=(self.model_channels, 2 * self.model_channels),
-            encoder_channels=(self.model_channels // 2, self.model_channels),
+            encoder_channels=(first, 2 * first),
             num_res_blocks=self.num_res_blocks,
             latent_channels=self.latent_channels,
             norm_groups=self.norm_groups,

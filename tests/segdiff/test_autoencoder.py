@@ -79,7 +79,7 @@ def test_train_autoencoder_impossible_setting_raises(tmp_path, images, changes, 
 @pytest.mark.parametrize("downsample", [4, 8])
 def test_config_sizes_of_both_factors_have_two_levels(downsample):
     sizes = AutoencoderConfig(downsample=downsample).sizes
-    assert sizes.downsample == downsample and (sizes.encoder_channels, sizes.channels) == ((16, 32), (32, 64))
+    assert sizes.downsample == downsample and (sizes.encoder_channels, sizes.channels) == ((8, 16), (32, 64))
 
 
 @pytest.mark.slow
