@@ -88,8 +88,8 @@ class AutoencoderConfig(EngineConfig):
     latent_channels: int = 4
     """Channels of the latents. More keep more of the photo, and are harder to generate."""
     model_channels: int = 32
-    """Channels of the first of two levels of the network, a pixel of which is a square of downsample / 2 pixels of the
-    photo. The second, at the sides of the latents, has twice as many."""
+    """Channels of the first of two levels of the decoder, a pixel of which is a square of downsample / 2 pixels of the
+    photo. The second, at the sides of the latents, has twice as many. The encoder has about a quarter."""
     num_res_blocks: int = 1
     """Residual blocks per level of the encoder. The decoder has one more."""
     norm_groups: int = 8
@@ -141,7 +141,8 @@ class AutoencoderConfig(EngineConfig):
 
     @property
     def sizes(self) -> AutoencoderSizes:
-        """The sizes of the network. The encoder has about a quarter of the channels: more gain .1 dB for 3 times the time."""
+        """The sizes of the network; the encoder has about a quarter of the decoder's channels."""
+        # More gain .1 dB, and encoding takes three times as long (docs/backbones.md).
         first = max(1, self.model_channels // (4 * self.norm_groups)) * self.norm_groups
         return AutoencoderSizes(
             channels=(self.model_channels, 2 * self.model_channels),

@@ -82,6 +82,11 @@ def test_config_sizes_of_both_factors_have_two_levels(downsample):
     assert sizes.downsample == downsample and (sizes.encoder_channels, sizes.channels) == ((8, 16), (32, 64))
 
 
+def test_config_sizes_of_few_channels_leave_the_encoder_whole_groups():
+    sizes = AutoencoderConfig(model_channels=8, norm_groups=8).sizes
+    assert sizes.encoder_channels == (8, 16) and AutoencoderConfig(model_channels=64).sizes.encoder_channels == (16, 32)
+
+
 @pytest.mark.slow
 def test_train_autoencoder_interrupted_resumes_bit_identically(tmp_path, images, monkeypatch):
     factorkit.train_autoencoder(images, out=tmp_path / "whole", **TINY)

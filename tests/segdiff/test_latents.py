@@ -146,6 +146,8 @@ def test_alarms_of_a_latent_run_encode_the_probes_once_and_equal_those_encoded_a
     first, again = task.alarms(task.model), task.alarms(task.model)
     assert sum(encoded) == 2 * len(images) and first == again
     photos = pixels_to_signed(torch.from_numpy(images))
+    for stored, view in zip(task.encoded_probes, (photos, photos.flip(3)), strict=True):
+        torch.testing.assert_close(stored, trained.model.space.encode(view), atol=1e-4, rtol=1e-4)
     masks, mirrored = (predict_masks(task.model, x, 0, task.schedule) for x in (photos, photos.flip(3)))
     for name, value in dataclasses.asdict(measure_alarms(photos, masks, mirrored, True)).items():
         np.testing.assert_allclose(np.array(value, float), np.array(getattr(first, name), float), atol=1e-4)
