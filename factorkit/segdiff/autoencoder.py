@@ -142,7 +142,7 @@ class AutoencoderConfig(EngineConfig):
     @property
     def sizes(self) -> AutoencoderSizes:
         """The sizes of the network; the encoder has about a quarter of the decoder's channels."""
-        # More gain .1 dB, and encoding takes three times as long (docs/backbones.md).
+        # More gain .1 dB, and encoding takes about three times as long (docs/backbones.md).
         first = max(1, self.model_channels // (4 * self.norm_groups)) * self.norm_groups
         return AutoencoderSizes(
             channels=(self.model_channels, 2 * self.model_channels),
