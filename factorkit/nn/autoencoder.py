@@ -22,6 +22,7 @@ from factorkit.utils.errors import DataError
 IMAGE_CHANNELS = 3
 EPS = 1e-6  # of the format's norms
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # of a latent
+_LEVELS = "encoder.down_blocks", "decoder.up_blocks"
 FIRST_LOG_VARIANCE = -10.0  # of latents with shortcuts; more noise hides what the others learn, and KL empties them
 
 
@@ -30,7 +31,8 @@ class AutoencoderSizes:
     """The sizes of an autoencoder.
 
     Attributes:
-        channels: of each level, that of the image first; each further level halves the sides.
+        channels: of each level of the decoder, that of the image first; each further level halves the sides.
+        encoder_channels: of those of the encoder.
         num_res_blocks: residual blocks of a level of the encoder; the decoder has one more.
         latent_channels: of the latents.
         norm_groups: of all GroupNorms.
@@ -42,6 +44,7 @@ class AutoencoderSizes:
     """
 
     channels: tuple[int, ...]
+    encoder_channels: tuple[int, ...]
     num_res_blocks: int
     latent_channels: int
     norm_groups: int
@@ -63,9 +66,11 @@ class AutoencoderSizes:
         Raises:
             KeyError: a tensor is missing.
         """
-        blocks = [f"encoder.down_blocks.{i}" for i in range(_count(shapes, "encoder.down_blocks"))]
+        levels = range(_count(shapes, "encoder.down_blocks"))
+        down, up = ([f"{blocks}.{i}.resnets.0.conv1.weight" for i in levels] for blocks in _LEVELS)
         return cls(
-            channels=tuple(shapes[f"{block}.resnets.0.conv1.weight"][0] for block in blocks),
+            channels=tuple(shapes[name][0] for name in reversed(up)),
+            encoder_channels=tuple(shapes[name][0] for name in down),
             num_res_blocks=_count(shapes, "encoder.down_blocks.0.resnets"),
             latent_channels=shapes["decoder.conv_in.weight"][1],
             norm_groups=norm_groups,
@@ -115,7 +120,7 @@ class Autoencoder(nn.Module):
         height, width, factor = *images.shape[2:], self.sizes.downsample
         if height % factor or width % factor:
             raise DataError(f"images of {width} x {height} pixels: both sides must be divisible by {factor}")
-        moments = self.encoder(F.pixel_unshuffle(images, self.sizes.patch_size))
+        moments = self.encoder(squares_to_channels(images, self.sizes.patch_size))
         moments = moments if self.quant_conv is None else self.quant_conv(moments)
         mean, log_variance = moments.float().chunk(2, 1)
         if self.sizes.shortcuts:
@@ -129,6 +134,12 @@ class Autoencoder(nn.Module):
         if self.sizes.shortcuts:
             images = images + enlarge_copy(latents[:, :IMAGE_CHANNELS].float(), self.sizes.downsample)
         return images
+
+
+def squares_to_channels(images: Tensor, side: int) -> Tensor:
+    """Return F.pixel_unshuffle(images, side) of images [B, C, H, W], but in channels_last memory, by one copy."""
+    squares = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, C, h, side, w, side]
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
 
 
 def small_copy(images: Tensor, factor: int) -> Tensor:
@@ -151,7 +162,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, sizes: AutoencoderSizes):
         super().__init__()
-        channels, groups = sizes.channels, sizes.norm_groups
+        channels, groups = sizes.encoder_channels, sizes.norm_groups
         self.conv_in = nn.Conv2d(IMAGE_CHANNELS * sizes.patch_size**2, channels[0], 3, padding=1)
         pairs = list(pairwise((channels[0], *channels)))
         self.down_blocks = nn.ModuleList(

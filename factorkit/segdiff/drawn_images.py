@@ -32,6 +32,7 @@ from factorkit.report.content import Check, judged_alarms, log_checks
 from factorkit.segdiff.alarms import MIN_JUDGED_STEPS
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_log
+from factorkit.utils.images import pixels_to_images
 from factorkit.utils.rng import derived_seed
 
 DRAWN_IMAGES, GRAIN = "drawn images", "grain of drawn images"  # names of the checks
@@ -45,6 +46,7 @@ MAX_NOISE_SHARE = 0.5  # success .2-.35, untrained 3-7, a colour or the mean ima
 NUM_CHECKED = 32  # images drawn at the end of a training
 NUM_CHECK_STEPS = 10  # denoising steps of these
 MIN_CHECKED = 16  # images below which the distances mean little
+READING_BATCH_SIZE = 32  # photos
 MAX_REFERENCE = 1000  # photos that others are compared with
 
 
@@ -126,17 +128,29 @@ def choose_photos(count: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[drawn:][:MAX_REFERENCE]), np.sort(order[:drawn])
 
 
+def read_photos(pixels: np.ndarray, latent_factor: int) -> Tensor:
+    """Return photos uint8 [N, R, R, 3] as :func:`score_drawn` averages them, [N, 3, r, r] in [0, 1]."""
+    starts = range(0, len(pixels), READING_BATCH_SIZE)
+    batches = (pixels_to_images(pixels[start : start + READING_BATCH_SIZE]) for start in starts)
+    return torch.cat([average_squares(batch, latent_factor) for batch in batches])
+
+
+def average_squares(images: Tensor, latent_factor: int) -> Tensor:
+    """Return images [n, 3, R, R] averaged to R / latent_factor pixels a side, or a few more where these are below 9."""
+    return F.avg_pool2d(images, max(1, min(latent_factor, images.shape[3] // MIN_SIDE)))
+
+
 def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor, latent_factor: int = 1) -> DrawnScores:
     """Score ``drawn`` images [n, 3, R, R] in [0, 1] against photos; ``others`` has as many, ``reference`` any number.
 
-    They are averaged to R / latent_factor pixels a side, or a few more where these are below 9, before: a decoder of
-    latents makes even noise smooth.
+    They are compared after :func:`average_squares`, since a decoder of latents makes even noise smooth; photos may be
+    averaged already.
 
     Raises:
         DataError: too few images, or sides below 9 pixels.
     """
-    factor = max(1, min(latent_factor, drawn.shape[3] // MIN_SIDE))
-    drawn, reference, others = (F.avg_pool2d(images, factor) for images in (drawn, reference, others))
+    drawn = average_squares(drawn, latent_factor)
+    reference, others = (F.avg_pool2d(photos, photos.shape[3] // drawn.shape[3]) for photos in (reference, others))
     generator = torch.Generator().manual_seed(derived_seed("shuffled pixels"))
     noise = torch.stack(
         [image.flatten(1)[:, torch.randperm(image[0].numel(), generator=generator)].view_as(image) for image in others]

@@ -213,7 +213,7 @@ def build_autoencoder(path: Path, tensors: Mapping[str, Tensor], norm_groups: in
     except (KeyError, IndexError) as error:
         first = ", ".join(sorted(tensors)[:3]) or "none"
         raise CheckpointError(f"{other}: it has no tensor {error}; its first are {first}") from error
-    if uneven := [channels for channels in sizes.channels if channels % norm_groups]:
+    if uneven := [channels for channels in sizes.encoder_channels + sizes.channels if channels % norm_groups]:
         raise CheckpointError(
             f"{other}: {norm_groups} groups of a norm do not divide {uneven[0]} channels; put its config.json with "
             "norm_num_groups beside it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 
 NUM_PROBES = 96  # images the alarms are measured on; by chance the position share of N independent masks is 1/N
 NUM_PREVIEW_IMAGES = 8
+PREVIEW_SIDE = 128  # pixels at which photos are drawn and segmented in them, unless the network sees more
 PREVIEW_SAMPLER, NUM_PREVIEW_STEPS = "ddim", 25  # of the generated images
 
 
@@ -68,9 +69,8 @@ class ImageTask:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def choose_probes(self, count: int) -> Tensor:
-        """Return ``count`` of the probes, evenly spaced, so that a folder sorted by class shows all classes."""
-        chosen = torch.linspace(0, len(self.probes) - 1, min(count, len(self.probes))).round().long()
-        return self.probes[chosen].to(self.device)
+        """Return the rows of ``count`` probes, evenly spaced, so that a folder sorted by class shows all classes."""
+        return torch.linspace(0, len(self.probes) - 1, min(count, len(self.probes))).round().long()
 
 
 class SegdiffTask(ImageTask):
@@ -177,19 +177,21 @@ class SegdiffTask(ImageTask):
             device=self.device,
             labels=labels,
         )
-        grid = previews.draw_generation_grid(
-            signed_to_pixels(generated.images), generated.bottleneck.masks.float().cpu().numpy()
-        )
+        side = max(config.side, min(config.resolution, PREVIEW_SIDE))
+        drawn, masks = (resize(x, side, side) for x in (generated.images, generated.bottleneck.masks.float()))
+        grid = previews.draw_generation_grid(signed_to_pixels(drawn), masks.numpy())
         save_image(grid, folder / f"{step:06d}_generated.png")
-        images = self.choose_probes(count)
-        network = cast(SegdiffModel, model)
-        x_t, t = add_noise(network.space.encode(images), config.segment_t, self.schedule)
+        network, rows = cast(SegdiffModel, model), self.choose_probes(count)
+        images = resize(self.probes[rows], side, side).to(self.device)
+        latents = None if self.encoded_probes is None else self.encoded_probes[0][rows].to(self.device)
+        x_t, t = add_noise(images if latents is None else latents, config.segment_t, self.schedule)
         regions = model(x_t, t).bottleneck
         branches = None
         if regions.branches is not None:
             estimates = estimate_branches(config.prediction, self.schedule, x_t, regions.branches, t)
-            branches = np.stack([signed_to_pixels(network.space.decode(b)) for b in estimates.unbind(1)], 1) / 255.0
-        masks, nesting = predict_masks(model, images, config.segment_t, self.schedule), config.nesting
+            decoded = (resize(network.space.decode(b), side, side) for b in estimates.unbind(1))
+            branches = np.stack([signed_to_pixels(images) for images in decoded], 1) / 255.0
+        masks, nesting = predict_masks(model, images, config.segment_t, self.schedule, latents=latents), config.nesting
         leaf_labels = hard_labels(masks, nesting)
         levels = [level_labels(leaf_labels, nesting, level + 1).numpy() for level in range(len(nesting))]
         grid = previews.draw_segmentation_grid(
@@ -200,12 +202,26 @@ class SegdiffTask(ImageTask):
             return {}
         return self.alarms(model).to_dict(config.distil_steps if config.masks == "auto" else step)
 
+    @cached_property
+    def encoded_probes(self) -> tuple[Tensor, Tensor] | None:
+        """The latents of the probes and of their mirror images, on the CPU; None where the model denoises pixels."""
+        if not self.config.latent_channels:
+            return None
+
+        def encode(images: Tensor) -> Tensor:
+            encode_part = cast(SegdiffModel, self.model).space.encode
+            return torch.cat([encode_part(part.to(self.device)).cpu() for part in images.split(NUM_PREVIEW_IMAGES)])
+
+        return encode(self.probes), encode(self.probes.flip(3))
+
     def alarms(self, model: nn.Module) -> Alarms:
         """Measure the label-free alarms of ``model`` on the probe images."""
         side = measured_side(self.config.resolution, self.config.side)
-        predict = partial(predict_masks, model, t=self.config.segment_t, schedule=self.schedule, side=side)
+        predict = partial(predict_masks, model, t=self.config.segment_t, schedule=self.schedule)
         probes, objects = resize(self.probes, side, side), self.config.masks == "auto"
-        alarms = measure_alarms(probes, predict(self.probes), predict(self.probes.flip(3)), objects)
+        latents, mirrored = self.encoded_probes or (None, None)
+        masks, of_mirrored = predict(probes, latents=latents), predict(probes.flip(3), latents=mirrored)
+        alarms = measure_alarms(probes, masks, of_mirrored, objects)
         if self.config.masks == "network" or self.config.latent_channels:
             return alarms
         proposer = cast(MaskProposer, model.masks)

@@ -33,6 +33,7 @@ from factorkit.segdiff.drawn_images import (
     STRUCTURE,
     choose_photos,
     log_drawn_checks,
+    read_photos,
     score_drawn,
     skip_checks,
 )
@@ -55,7 +56,6 @@ from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.files import LOG_NAME, read_log
-from factorkit.utils.images import pixels_to_images
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
@@ -276,8 +276,9 @@ def judge_drawn_images(run: SegdiffRun, photos: np.ndarray) -> None:
     if not checks:
         reference, others = choose_photos(len(photos), NUM_CHECKED)
         drawn = run.generate(len(others), steps=min(NUM_CHECK_STEPS, run.config.timesteps)).images
-        known = pixels_to_images(photos[reference]), pixels_to_images(photos[others])
-        checks = score_drawn(drawn, *known, run.config.latent_factor).checks()
+        factor = run.config.latent_factor
+        known = read_photos(photos[reference], factor), read_photos(photos[others], factor)
+        checks = score_drawn(drawn, *known, factor).checks()
 
     def write() -> None:
         log_drawn_checks(folder, run.step, checks)

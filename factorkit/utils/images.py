@@ -44,7 +44,8 @@ def pixels_to_images(pixels: np.ndarray) -> Tensor:
 
 def pixels_to_signed(pixels: Tensor) -> Tensor:
     """Convert pixels [N, H, W, 3] to signed images [N, 3, H, W] in channels_last memory."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    # In place: fresh memory for every operation took 10 times as long on batches of large photos.
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def signed_to_pixels(images: Tensor) -> np.ndarray:

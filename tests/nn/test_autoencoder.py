@@ -6,10 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes, enlarge_copy, kl_divergence, small_copy
+from factorkit.nn.autoencoder import (
+    Autoencoder,
+    AutoencoderSizes,
+    enlarge_copy,
+    kl_divergence,
+    small_copy,
+    squares_to_channels,
+)
 from factorkit.utils.errors import DataError
 
-SIZES = AutoencoderSizes(channels=(4, 8, 8), num_res_blocks=2, latent_channels=3, norm_groups=2)
+SIZES = AutoencoderSizes(
+    channels=(4, 8, 8), encoder_channels=(4, 6, 8), num_res_blocks=2, latent_channels=3, norm_groups=2
+)
 
 
 def test_kl_divergence_equals_its_integral():
@@ -33,6 +42,13 @@ def test_sizes_from_shapes_of_a_state_equal_those_it_was_built_with(attention, q
     output, mean, log_variance = model(torch.zeros(1, 3, 8, 12), torch.zeros(1, 3, 2, 3))
     assert output.shape == (1, 3, 8, 12) and mean.shape == log_variance.shape == (1, 3, 2, 3)
     assert sizes.downsample == 4
+
+
+def test_squares_to_channels_equal_pixel_unshuffle_in_channels_last_memory():
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = torch.rand(2, 3, 8, 12).to(memory_format=layout)
+        squares = squares_to_channels(images, 4)
+        assert squares.equal(F.pixel_unshuffle(images, 4)) and squares.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_names_of_tensors_are_those_of_diffusers():

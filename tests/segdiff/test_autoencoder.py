@@ -79,7 +79,12 @@ def test_train_autoencoder_impossible_setting_raises(tmp_path, images, changes, 
 @pytest.mark.parametrize("downsample", [4, 8])
 def test_config_sizes_of_both_factors_have_two_levels(downsample):
     sizes = AutoencoderConfig(downsample=downsample).sizes
-    assert sizes.downsample == downsample and sizes.channels == (32, 64)
+    assert sizes.downsample == downsample and (sizes.encoder_channels, sizes.channels) == ((8, 16), (32, 64))
+
+
+def test_config_sizes_of_few_channels_leave_the_encoder_whole_groups():
+    sizes = AutoencoderConfig(model_channels=8, norm_groups=8).sizes
+    assert sizes.encoder_channels == (8, 16) and AutoencoderConfig(model_channels=64).sizes.encoder_channels == (16, 32)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from factorkit.data import draw_flowers
 from factorkit.engine.run_log import RunLog
 from factorkit.report.content import Check, judged_alarms
+from factorkit.segdiff import drawn_images as module
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
     GRAIN,
@@ -21,6 +22,7 @@ from factorkit.segdiff.drawn_images import (
     log_drawn_checks,
     measure_grain,
     measure_noise_in_detail,
+    read_photos,
     score_drawn,
     skip_checks,
 )
@@ -134,6 +136,16 @@ def test_score_drawn_noise_that_a_decoder_made_smooth_is_found_at_the_size_of_th
     )
     at_full_size, at_latents = (score_drawn(smooth, large[N:], large[:N], factor) for factor in (1, 4))
     assert at_full_size.grain < MAX_GRAIN < 2 * MAX_GRAIN < at_latents.grain
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_score_drawn_of_photos_read_in_batches_equals_that_of_whole_photos(monkeypatch, side):
+    monkeypatch.setattr(module, "READING_BATCH_SIZE", 5)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, side, side, 3), np.uint8)
+    photos = pixels_to_images(pixels)
+    read = read_photos(pixels[16:32], 8), read_photos(pixels[32:], 8)
+    assert read[0].shape[2:] == ((10, 10) if side == 32 else (9, 9))
+    assert score_drawn(photos[:16], *read, 8) == score_drawn(photos[:16], photos[16:32], photos[32:], 8)
 
 
 def test_score_drawn_latents_of_few_pixels_are_measured_at_9_pixels_or_more():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,25 @@ from factorkit.cli.main import main
 from factorkit.data import draw_flowers
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
+from factorkit.segdiff import task as task_module
+from factorkit.segdiff.alarms import measure_alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference.segment import lift_masks, predict_masks
 from factorkit.segdiff.latents import LatentSpace, open_autoencoder
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import MaskNetwork, resize
 from factorkit.segdiff.object_stages import ObjectStages
+from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import advise_size, settle_latents
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 from tests.engine.trained import assert_identical, final_state
 
-SIZES = AutoencoderSizes(channels=(8, 8, 8), num_res_blocks=1, latent_channels=4, norm_groups=4, attention=True)
+SIZES = AutoencoderSizes(
+    **{"channels": (8, 8, 8), "encoder_channels": (8, 8, 8), "attention": True},
+    **{"num_res_blocks": 1, "latent_channels": 4, "norm_groups": 4},
+)
 RUN = {
     **{"preset": "demo", "resolution": 32, "regions": 2, "model_channels": 8, "channel_mult": (1, 2)},
     **{"norm_groups": 4, "batch_size": 4, "steps": 2, "device": "cpu", "progress": False},
@@ -112,13 +118,59 @@ def test_latent_run_has_object_masks_that_follow_the_pixels_of_the_photo(trained
 
 
 @pytest.mark.slow
-def test_predict_masks_with_a_side_are_those_of_the_smaller_photos(trained, images):
+def test_predict_masks_of_smaller_photos_with_latents_follow_the_smaller_photos(trained, images):
     photos, masks = pixels_to_signed(torch.from_numpy(images[:2])), trained.model.masks
-    small = predict_masks(trained.model, photos, 0, trained.schedule, side=16)
+    latents, small = trained.model.space.encode(photos), resize(photos, 16, 16)
+    predicted = predict_masks(trained.model, small, 0, trained.schedule, latents=latents)
     with torch.no_grad():
-        network = masks.network(trained.model.space.encode(photos), torch.zeros(2, dtype=torch.int64)).softmax(1)
-        expected = masks.align_with_colors(resize(photos, 16, 16), resize(network, 16, 16))
-    torch.testing.assert_close(small, expected, atol=1e-4, rtol=0)  # EM magnifies rounding, which the batch changes
+        network = masks.network(latents, torch.zeros(2, dtype=torch.int64)).softmax(1)
+        expected = masks.align_with_colors(small, resize(network, 16, 16))
+    torch.testing.assert_close(predicted, expected, atol=1e-4, rtol=0)  # EM magnifies rounding, which the batch changes
+    whole = predict_masks(trained.model, photos, 0, trained.schedule)
+    given = predict_masks(trained.model, photos, 0, trained.schedule, latents=latents)
+    torch.testing.assert_close(given, whole, atol=1e-4, rtol=0)
+
+
+def make_task(trained, images):
+    """Return the task of a latent run with ``images`` as its probes, which counts the photos that it encodes."""
+    space, config = trained.model.space, trained.config
+    task = SegdiffTask(config, np.zeros((2, 2, 4, 8, 8), np.float16), images, CPU, None, space)
+    task.model.load_state_dict(trained.model.state_dict())
+    return task
+
+
+@pytest.mark.slow
+def test_alarms_of_a_latent_run_encode_the_probes_once_and_equal_those_encoded_anew(trained, images, monkeypatch):
+    task, encoded, encode = make_task(trained, images), [], LatentSpace.encode
+    monkeypatch.setattr(LatentSpace, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    first, again = task.alarms(task.model), task.alarms(task.model)
+    assert sum(encoded) == 2 * len(images) and first == again
+    photos = pixels_to_signed(torch.from_numpy(images))
+    for stored, view in zip(task.encoded_probes, (photos, photos.flip(3)), strict=True):
+        torch.testing.assert_close(stored, trained.model.space.encode(view), atol=1e-4, rtol=1e-4)
+    masks, mirrored = (predict_masks(task.model, x, 0, task.schedule) for x in (photos, photos.flip(3)))
+    for name, value in dataclasses.asdict(measure_alarms(photos, masks, mirrored, True)).items():
+        np.testing.assert_allclose(np.array(value, float), np.array(getattr(first, name), float), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [16, 128])
+def test_previews_of_a_latent_run_are_drawn_at_the_preview_side(trained, images, tmp_path, monkeypatch, side):
+    monkeypatch.setattr(task_module, "PREVIEW_SIDE", side)
+    shapes = []
+    for name in ("draw_generation_grid", "draw_segmentation_grid"):
+        draw = getattr(task_module.previews, name)
+
+        def record(shown, masks, branches=None, draw=draw, **rest):
+            parts = [shown.shape[1:3], masks.shape[2:], *([] if branches is None else [branches.shape[2:4]])]
+            shapes.extend(parts)
+            return draw(shown, masks, branches, **rest) if branches is not None else draw(shown, masks, **rest)
+
+        monkeypatch.setattr(task_module.previews, name, record)
+    task = make_task(trained, images)
+    with torch.no_grad():
+        task.inspect(task.model, 2, tmp_path)
+    assert len(shapes) == 5 and set(shapes) == {(min(side, 32),) * 2}
 
 
 def test_object_stages_of_latents_measure_small_copies_of_the_photos(tmp_path):
@@ -308,7 +360,7 @@ def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
 
 
 def test_space_of_its_tensors_keeps_the_shortcuts_of_the_autoencoder():
-    space = LatentSpace(Autoencoder(replace(SIZES, shortcuts=True)))
+    space = LatentSpace(Autoencoder(dataclasses.replace(SIZES, shortcuts=True)))
     images = torch.rand(1, 3, 16, 16)
     loaded = LatentSpace.from_tensors(Path("run"), space.tensors())
     assert loaded.encode(images).equal(space.encode(images)) and loaded.encode(images).abs().max() > 0

@@ -35,4 +35,6 @@ def test_signed_to_pixels_inverts_and_clips():
     np.testing.assert_array_equal(signed_to_pixels(pixels_to_signed(torch.from_numpy(images))), images)
     pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
     assert pixels_to_signed(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    values = torch.tensor([10.0, 20.0, 30.0]).reshape(1, 1, 1, 3)
+    assert pixels_to_signed(values).shape == (1, 3, 1, 1) and values.flatten().tolist() == [10, 20, 30], "a copy"
     assert signed_to_pixels(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]

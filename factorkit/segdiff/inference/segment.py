@@ -16,7 +16,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.masks.objects import ObjectMasks, resize
+from factorkit.segdiff.masks.objects import ObjectMasks
 from factorkit.segdiff.network import FactorizedDenoiser
 from factorkit.utils.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
@@ -228,7 +228,12 @@ def add_noise(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def predict_masks(
-    model: nn.Module, images: Tensor, t: int, schedule: Schedule, label: int | None = None, side: int | None = None
+    model: nn.Module,
+    images: Tensor,
+    t: int,
+    schedule: Schedule,
+    label: int | None = None,
+    latents: Tensor | None = None,
 ) -> Tensor:
     """Return the masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; no decoder is run.
 
@@ -236,20 +241,20 @@ def predict_masks(
         model: a :class:`~factorkit.segdiff.network.FactorizedDenoiser` or a hierarchy of them.
         images: of any size that the model can divide. Masks of latents are lifted to their pixels.
         label: the class the model is conditioned on; None: no class.
-        side: of a model of latents: the masks are those of the images averaged to so many pixels; None: of all.
+        latents: of the images [N, C, h, w], which may then be smaller copies; None: they are encoded.
     """
     network = cast(FactorizedDenoiser, model)
-    height, width = images.shape[2:] if side is None else (side, side)
+    height, width = images.shape[2:]
     batch = max(1, MASK_BATCH_SIZE * network.resolution**2 // (height * width))
     parts = []
-    for part in images.split(batch):
-        part = part.to(schedule.device)
-        x0 = network.space.encode(part)
+    for start in range(0, len(images), batch):
+        rows = slice(start, start + batch)
+        part = images[rows].to(schedule.device)
+        x0 = network.space.encode(part) if latents is None else latents[rows].to(schedule.device)
         x_t, times = add_noise(x0, t, schedule)
         labels = () if label is None else (torch.full_like(times, label),)
-        pixels = part if side is None else resize(part, side, side)
-        images_of_latents = {} if x0 is part else {"images": pixels}
-        parts.append(lift_masks(network.segment(x_t, times, *labels, **images_of_latents).float(), pixels).cpu())
+        images_of_latents = {} if x0 is part else {"images": part}
+        parts.append(lift_masks(network.segment(x_t, times, *labels, **images_of_latents).float(), part).cpu())
     return torch.cat(parts)
 
 
@@ -306,7 +311,7 @@ def hard_labels(masks: Tensor, nesting: Sequence[int]) -> Tensor:
     labels = torch.zeros_like(masks.select(-3, 0), dtype=torch.int64)
     for level, count in enumerate(nesting, start=1):
         families = level_masks(masks, nesting, level).unflatten(-3, (-1, count))
-        best = families.argmax(-3)  # of each family [..., families, H, W]
+        best = families.max(-3).indices  # of each family [..., families, H, W]; argmax took 14 times as long
         labels = labels * count + best.gather(-3, labels.unsqueeze(-3)).squeeze(-3)
     return labels
 

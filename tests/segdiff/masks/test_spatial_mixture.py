@@ -72,7 +72,7 @@ def test_colour_evidence_equals_gaussian_log_density(monkeypatch):
             constant = 1.5 * np.log(2 * np.pi)
             torch.testing.assert_close(evidence[n, k], expected.detach() + constant, atol=1e-3, rtol=1e-3)
             expected.sum().backward()
-            torch.testing.assert_close(slopes[n, k], at.grad, atol=1e-2, rtol=1e-3)
+            torch.testing.assert_close(slopes[n, k].T, at.grad, atol=1e-2, rtol=1e-3)
 
 
 def test_score_equals_gradient_of_the_mixture(monkeypatch):
