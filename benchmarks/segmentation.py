@@ -61,11 +61,11 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     import torch
 
     import factorkit
-    from factorkit.segdiff.train import settle_latents
+    from factorkit.segdiff.config import PIXELS
+    from factorkit.segdiff.settle import settle_latents
 
-    if args.latent:
-        changes = {**changes, "latent": str(args.latent)}
-    config = settle_latents(args.preset, {"form": args.form, **changes}, Path())[0].resolved()
+    space = {"latent": str(args.latent or PIXELS)}
+    config = settle_latents(args.preset, {"form": args.form, **changes, **space}, Path(), {}).config.resolved()
     masks = config.masks
     settings = {"preset": args.preset, "form": args.form, **changes, "masks": masks}
     if masks == "network":
@@ -94,6 +94,7 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         ignore=args.ignore,
         baselines=args.baselines,
         **changes,
+        **space,
     )
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     scores = dict(run.scores or {})
