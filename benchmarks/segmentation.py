@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--ignore", type=int)
     parser.add_argument("--processor-seconds", type=int, help="length of the training, in place of the preset's steps")
-    parser.add_argument("--latent", type=Path, help="an autoencoder's run folder, in whose latents to denoise")
+    parser.add_argument("--latent", type=Path, help="an autoencoder's run folder, whose latents replace pixels")
     parser.add_argument("--mask-size", type=int, help="side at which masks are scored, in place of the resolution")
     parser.add_argument("--image-size", type=int, help="side at which drawn images are scored; divides the resolution")
     parser.add_argument("--holdout", default="auto")

@@ -45,6 +45,9 @@ class TrainSegdiff(Command):
     the folder has images/ and masks/, the labelled images are kept out of training and scored at the end. Published
     data sets are read in their original layout and splits: factorkit prepare --list.
 
+    From --resolution 128 on an autoencoder is trained first, in OUT_autoencoder, and the model denoises its latents.
+    Presets of such a resolution denoise pixels, as does --latent no.
+
     Presets:
         A preset sets the defaults of the options below. --help together with --preset shows them.
         demo, fast32, fast64      the regional form: small models that segment within minutes of training

@@ -74,7 +74,8 @@ def train_segdiff(
     Args:
         data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array,
             a list of paths; None: the procedural flowers of the package, for a hierarchy its rooms.
-        out: the run folder; None: ``runs/<preset>``.
+        out: the run folder; None: ``runs/<preset>``. From 128 pixels on an autoencoder is trained first, in the folder
+            ``<out>_autoencoder``, and the model denoises its latents (``latent=``).
         preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form), ``"uvit32"``, ``"uvit64"``, ``"uvit128"``
             (with a transformer), or ``"flowers64"``, ``"flowers128"``, ``"cub64"``, ``"cub128"``, ``"ffhq64"``,
             ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None: ``"demo"`` without data, else ``"fast64"``.

@@ -301,6 +301,21 @@ def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
         assert main(command) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("words", "side"), [([], 32), (["--resolution", "32"], 8), (["--resolution", "128"], 32)])
+def test_command_without_a_resolution_gives_the_latents_that_of_the_preset(tmp_path, monkeypatch, words, side):
+    sides = []
+
+    def settle(preset, changes, *arguments):
+        sides.append(settle_latents(preset, changes, *arguments).config.side)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("factorkit.segdiff.train.settle_latents", settle)
+    autoencoder = str(write_format(tmp_path / "ae"))
+    out = str(tmp_path / "run")
+    assert main(["train", "segdiff", "--preset", "fast32", "--latent", autoencoder, "--out", out, *words]) == 130
+    assert sides == [side]
+
+
 def test_space_of_its_tensors_keeps_the_shortcuts_of_the_autoencoder():
     space = LatentSpace(Autoencoder(replace(SIZES, shortcuts=True)))
     images = torch.rand(1, 3, 16, 16)

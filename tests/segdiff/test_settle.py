@@ -132,11 +132,11 @@ def test_train_finished_autoencoder_is_used_again_and_another_is_refused(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_train_refused_folder_trains_no_autoencoder(tmp_path, images):
-    train(images, tmp_path, resolution=16)
-    with pytest.raises(CheckpointError, match="holds a run with other"):
-        train(images, tmp_path, latent="auto")
+def test_train_in_a_folder_that_is_refused_trains_no_autoencoder(tmp_path, images):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    with pytest.raises(CheckpointError, match="exists and is not a factorkit run"):
+        train(images, tmp_path)
     assert not (tmp_path / "run_autoencoder").exists()
 
 
