@@ -105,8 +105,8 @@ def choose_autoencoder(preset: str, config: SegdiffConfig) -> tuple[dict[str, An
         faster = "A step on latents is many times faster: `factorkit train autoencoder`, then latent="
         return None, f'{pixels}preset="{preset}" is a network for pixels. {faster}'
     if config.masks == "mixture" or len(config.nesting) > 1:
-        cause = 'masks="mixture"' if config.masks == "mixture" else f"regions={config.nesting}"
-        return None, f"{pixels}{cause} is for pixels"
+        nested = f"regions={config.nesting} was measured on pixels alone; latent= takes an autoencoder"
+        return None, pixels + ('masks="mixture" is for pixels' if config.masks == "mixture" else nested)
     very_many, processes = config.resolution >= VERY_MANY_PIXELS, distributed.world_size()
     training = SETTINGS | {name: getattr(config, name) for name in SHARED_SETTINGS}
     training |= {"downsample": 8, "latent_channels": 8} if very_many else {"downsample": 4, "latent_channels": 4}

@@ -171,7 +171,7 @@ def settle_new(preset, folder, **changes):
         ("flowers64", {}, ""),
         ("fast64", {}, 'preset="fast64" is a network for pixels. A step on latents is many times faster: `factorkit'),
         ("demo", {"masks": "mixture"}, 'masks="mixture" is for pixels'),
-        ("demo", {"regions": (3, 2)}, "regions=(3, 2) is for pixels"),
+        ("demo", {"regions": (3, 2)}, "regions=(3, 2) was measured on pixels alone; latent="),
         ("demo", {"resolution": SIDE + 2}, f"resolution={SIDE + 2} must be divisible by downsample=4"),
         ("demo", {"channel_mult": (1, 1, 1, 1, 1)}, "in latents of 12 pixels, 4 times smaller: "),
     ],
