@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--ignore", type=int)
     parser.add_argument("--processor-seconds", type=int, help="length of the training, in place of the preset's steps")
-    parser.add_argument("--latent", type=Path, help="an autoencoder's run folder, in whose latents to denoise")
+    parser.add_argument("--latent", type=Path, help="an autoencoder's run folder, whose latents replace pixels")
     parser.add_argument("--mask-size", type=int, help="side at which masks are scored, in place of the resolution")
     parser.add_argument("--image-size", type=int, help="side at which drawn images are scored; divides the resolution")
     parser.add_argument("--holdout", default="auto")
@@ -61,11 +61,11 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     import torch
 
     import factorkit
-    from factorkit.segdiff.train import settle_latents
+    from factorkit.segdiff.config import PIXELS
+    from factorkit.segdiff.settle import settle_latents
 
-    if args.latent:
-        changes = {**changes, "latent": str(args.latent)}
-    config = settle_latents(args.preset, {"form": args.form, **changes}, Path())[0].resolved()
+    space = {"latent": str(args.latent or PIXELS)}
+    config = settle_latents(args.preset, {"form": args.form, **changes, **space}, Path(), {}).config.resolved()
     masks = config.masks
     settings = {"preset": args.preset, "form": args.form, **changes, "masks": masks}
     if masks == "network":
@@ -94,6 +94,7 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         ignore=args.ignore,
         baselines=args.baselines,
         **changes,
+        **space,
     )
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     scores = dict(run.scores or {})

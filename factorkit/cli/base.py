@@ -284,14 +284,18 @@ class TrainingInterruptedError(FactorkitError):
 
 
 @contextmanager
-def report_interruption(folder: Path) -> Iterator[None]:
-    """Turn the exceptions of Ctrl-C and SIGTERM, raised once a training has saved, into an error with a message."""
+def report_interruption(*folders: Path) -> Iterator[None]:
+    """Turn the exceptions of Ctrl-C and SIGTERM, raised once a training has saved, into an error with a message.
+
+    Args:
+        folders: of the run, and of what is trained for it first.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        saved = f"a checkpoint is saved in {folder}; the same command resumes from it"
-        if not any(folder.rglob("step_*.safetensors")):
-            saved = "nothing was saved yet"
+        saved = "nothing was saved yet"
+        if started := [folder for folder in folders if any(folder.rglob("step_*.safetensors"))]:
+            saved = f"a checkpoint is saved in {started[0]}; the same command resumes from it"
         exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
         raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
 

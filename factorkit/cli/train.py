@@ -45,6 +45,9 @@ class TrainSegdiff(Command):
     the folder has images/ and masks/, the labelled images are kept out of training and scored at the end. Published
     data sets are read in their original layout and splits: factorkit prepare --list.
 
+    From --resolution 128 on an autoencoder is trained first, in OUT_autoencoder, and the model denoises its latents.
+    Presets of such a resolution denoise pixels, as does --latent no.
+
     Presets:
         A preset sets the defaults of the options below. --help together with --preset shows them.
         demo, fast32, fast64      the regional form: small models that segment within minutes of training
@@ -81,16 +84,20 @@ class TrainSegdiff(Command):
 
     PROCESSES = "all"
     BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
+    HAS_RESOLUTION = True  # on the command line
 
     def execute(self) -> Result:
         """Train, and return the verdict of the run."""
         from factorkit.cli.evaluate import format_scores, judge_run
         from factorkit.segdiff.config import SegdiffConfig
+        from factorkit.segdiff.settle import OWN_SUFFIX
         from factorkit.segdiff.train import train_segdiff
         from factorkit.segdiff.verdict import REPORT
 
         settings = _settings(self, SegdiffConfig)
         settings["holdout"] = parse_holdout(settings["holdout"])
+        if not self.HAS_RESOLUTION:
+            del settings["resolution"]  # latent= multiplies the preset's
         if self.dry_run:
             return self._estimate(settings)
         out = self.out or Path("runs") / _preset_name(self, "fast64")
@@ -100,7 +107,7 @@ class TrainSegdiff(Command):
             "baselines": self.baselines,
             "classes": self.classes,
         }
-        with report_interruption(out):
+        with report_interruption(out, out.with_name(out.name + OWN_SUFFIX)):
             run = train_segdiff(self.data, out=out, **options, **settings)
         (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
         data = {"run": str(out), "report": report, "steps": run.config.steps, "scores": run.scores, **judgement}
@@ -119,7 +126,8 @@ class TrainSegdiff(Command):
             dataset = open_dataset(self.data, holdout=settings["holdout"], mask_set=settings["mask_set"])
             classes = find_classes(self.classes, dataset, dataset.train.names)
             data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
-        data |= estimate(self.data, preset=self.preset, classes=classes, **settings)
+        settings |= {"out": self.out, "preset": self.preset, "classes": classes, "num_images": data.get("images")}
+        data |= estimate(self.data, **settings)
         lines = [
             f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB with {format_count(data['trial_images'], 'image')} at once, "
@@ -130,6 +138,10 @@ class TrainSegdiff(Command):
         ]
         if data["stage_seconds"]:
             lines.append(f"        of which {format_duration(data['stage_seconds'])} for finding the objects first")
+        if data["autoencoder_seconds"]:
+            lines.append(f"        of which {format_duration(data['autoencoder_seconds'])} for the autoencoder first")
+        if data["latent_note"]:
+            lines.append(f"latents {data['latent_note']}")
         if data["regions"] is None:
             lines.append("regions 2 or 3, by the images; estimated with 3")
         if self.seed_trials > 1:
@@ -204,7 +216,7 @@ class TrainNerfdiff(Command):
             return self._estimate(settings)
         out = self.out or Path("runs") / f"nerfdiff-{_preset_name(self, 'fast')}"
         start = time.perf_counter()
-        with report_interruption(out):
+        with report_interruption(out, out.with_name(f"{out.name}_masks")):
             run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
         (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
         data = {"run": str(out), "report": report, "scores": run.scores, **judgement}
@@ -322,7 +334,8 @@ def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, An
         changes = {name: getattr(early, name) for name in ("search", "resolution", "field", "encoder")}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = nerfdiff.preset_config(_preset_name(early, "fast"), **changes)
-    options = dataclasses.make_dataclass(command.__name__, [], bases=(config, command), kw_only=True)
+    known = {"HAS_RESOLUTION": early.resolution is not None}
+    options = dataclasses.make_dataclass(command.__name__, [], bases=(config, command), namespace=known, kw_only=True)
     options.__doc__ = command.__doc__
     return model, options, options(model=tyro.MISSING, **_settings(settings, config))
 

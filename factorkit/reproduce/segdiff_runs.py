@@ -18,7 +18,7 @@ from factorkit.engine.config import autocast
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
 from factorkit.segdiff.backbones import UNetBackbone
-from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.config import PIXELS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import score_foreground_regions
 from factorkit.segdiff.inference.segment import hard_labels, level_labels, predict_masks
 from factorkit.segdiff.presets import PRESETS
@@ -111,6 +111,7 @@ class Trainings:
         preset, settings = preset or self.preset, {**self.settings, **changes}
         # Always given: a folder of an earlier version, where the default was another, is refused instead of resumed.
         settings["masks"], _ = preset_config(preset, **settings).choose_masks()
+        settings.setdefault("latent", PIXELS)  # in which the thesis, and all that tables compare, works
         return train_segdiff(
             self.setup.data,
             out=self.folder(label, seed),

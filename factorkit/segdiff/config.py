@@ -21,6 +21,7 @@ from factorkit.segdiff.presets import ARCHITECTURES, FORMS, PRESETS
 from factorkit.utils.errors import ConfigError, did_you_mean
 
 MIN_LATENT_SIDE = 8  # of the latents of the training images
+PIXELS = "no"  # the value of latent= without latents
 OPEN_REGIONS = 3  # where none are given; masks="auto" starts from it and may choose 2
 MAX_REGIONS = 256  # label images hold one byte per pixel
 Prediction = Literal["eps", "v", "x0", "flow"]
@@ -113,10 +114,10 @@ class SegdiffConfig(EngineConfig):
     random_flip: bool = True
     """Flip half of the images left to right. Use False if left and right differ, as when all objects face one way."""
 
-    latent: str | None = None
-    """Autoencoder in whose latents the model denoises: a run folder of `factorkit train autoencoder`, or a local
-    .safetensors file in diffusers' AutoencoderKL format. Photos of 128 pixels at 4x are as fast as 32 pixels are. By
-    default none: the model denoises pixels."""
+    latent: Annotated[str, arg(metavar="auto|no|PATH")] = "auto"
+    """Autoencoder in whose latents the model denoises: a run of `factorkit train autoencoder`, or a .safetensors file
+    in diffusers' AutoencoderKL format. "no": none, but pixels. "auto": from 128 pixels on, one that is trained on the
+    images first, in OUT_autoencoder; not with form="thesis", masks="mixture", a hierarchy or a preset of 128 pixels."""
 
     holdout: str | int = "auto"
     """Labelled images held out of training: "masked", "none", a number, the name of an official split, or "auto"."""
@@ -214,9 +215,9 @@ class SegdiffConfig(EngineConfig):
             defaults["high_noise_fraction"] = 0.0
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= {name: value for name, value in defaults.items() if settings[name] is None}
+        settings["latent"] = PIXELS if self.latent == "auto" else self.latent  # train_segdiff settles it before
         settings["regions"] = self.nesting[0] if len(self.nesting) == 1 else self.nesting  # (3,) and 3 are one setting
-        if masks != "auto":
-            settings["cue_weight"] = None  # as in stored runs: nothing else reads it
+        settings["cue_weight"] = self.cue_weight if masks == "auto" else None  # nothing else reads it
         config = ResolvedSegdiffConfig(**settings)
         config.validate()
         return config

@@ -20,8 +20,8 @@ register_renamed_settings(
         "fit": "num_fit_images",
         "seeds": "seed_trials",
     },
-    values={("masks", "competition"): "mixture"},
-    added={"masks": "network", "backbone": "unet", "latent_channels": 0, "latent_factor": 1},
+    values={("masks", "competition"): "mixture", ("latent", None): "no"},
+    added={"masks": "network", "backbone": "unet", "latent": "no", "latent_channels": 0, "latent_factor": 1},
     unread={"cue_weight": ("masks", "auto")},
     tensors={
         "mask_generator": "masks.decoder",

@@ -18,14 +18,15 @@ from torch import nn
 from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device, to_python
-from factorkit.engine.run_folder import CONFIG, claimed, copy_folder, read_object, read_settings, write_json
+from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
+from factorkit.engine.run_folder import CONFIG, check_claim, claimed, copy_folder, read_object, write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.engine.trainer import Trainer
 from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms
 from factorkit.segdiff.alarms import Alarms
-from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.autoencoder import estimate as estimate_autoencoder
+from factorkit.segdiff.config import ResolvedSegdiffConfig, preset_config
 from factorkit.segdiff.drawn_images import (
     DRAWN_IMAGES,
     NUM_CHECK_STEPS,
@@ -38,19 +39,13 @@ from factorkit.segdiff.drawn_images import (
     skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
-from factorkit.segdiff.latents import (
-    COPY_NAME,
-    LatentSpace,
-    hash_autoencoder,
-    open_autoencoder,
-    read_space,
-    store_space,
-)
+from factorkit.segdiff.latents import COPY_NAME, LatentSpace, hash_autoencoder, read_space, store_space
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
-from factorkit.segdiff.object_stages import REGIONS_FILE, ObjectStages, TimedStages
+from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.settle import advise_size, read_stored, settle_latents, settle_regions, train_own_autoencoder
 from factorkit.segdiff.task import SegdiffTask
-from factorkit.segdiff.training_images import DATA_NAME, describe_data, load_data
+from factorkit.segdiff.training_images import DATA_NAME, MIN_IMAGES, describe_data, load_data
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
@@ -60,7 +55,6 @@ from factorkit.utils.files import LOG_NAME, read_log
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
-FEW_LATENTS, MANY_PIXELS = 16, 128  # a side
 STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
 
 
@@ -80,7 +74,8 @@ def train_segdiff(
     Args:
         data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array,
             a list of paths; None: the procedural flowers of the package, for a hierarchy its rooms.
-        out: the run folder; None: ``runs/<preset>``.
+        out: the run folder; None: ``runs/<preset>``. From 128 pixels on an autoencoder is trained first, in the folder
+            ``<out>_autoencoder``, and the model denoises its latents (``latent=``).
         preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form), ``"uvit32"``, ``"uvit64"``, ``"uvit128"``
             (with a transformer), or ``"flowers64"``, ``"flowers128"``, ``"cub64"``, ``"cub128"``, ``"ffhq64"``,
             ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None: ``"demo"`` without data, else ``"fast64"``.
@@ -117,23 +112,27 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
-    given, autoencoder = settle_latents(preset, changes, folder)
-    device = distributed.local_device(resolve_device(given.device))
+    device = distributed.local_device(resolve_device(preset_config(preset, **changes).device))
     join_processes(device)
-    distributed.check_batch(given.batch_size)  # before the images are prepared, which may take long
-    given, note = settle_regions(given, folder)
+    stored = read_stored(folder)
+    settled = settle_latents(preset, changes, folder, stored)
+    distributed.check_batch(settled.config.batch_size)  # before the images are prepared, which may take long
+    given, note = settle_regions(settled.config, folder, stored)
+    settled = settled._replace(config=given)
     config = given.resolved()
-    note = "\n".join(line for line in (note, advise_size(preset, config)) if line)
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
         raise ConfigError("class_names= is set by train_segdiff(classes=...); give classes= instead")
-    if progress and note:
-        distributed.run_on_first(lambda: print(note, file=sys.stderr))
     with distributed.first_on_machine():
         dataset, prepared, probes = load_data(
             data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
         )
+    settled = settled.for_images(len(prepared))
+    config = settled.config.resolved()
+    notes = "\n".join(line for line in (note, settled.note, advise_size(preset, config)) if line)
+    if progress and notes:
+        distributed.run_on_first(lambda: print(notes, file=sys.stderr))
     image_classes = find_classes(classes, dataset, prepared.names)
     labels = None
     if image_classes is not None:
@@ -143,6 +142,11 @@ def train_segdiff(
     settings["data"] = describe_data(dataset, prepared, labels)
     if given.regions is None:
         settings["regions"] = None  # until the stages have chosen it
+    resumable = config.RESUMABLE | {DATA_NAME} | (STAGE_SETTINGS if config.masks != "auto" else set())
+    autoencoder = settled.autoencoder
+    if settled.training:
+        distributed.run_on_first(lambda: check_claim(folder, settings, resumable | {"autoencoder"}))
+        autoencoder = train_own_autoencoder(data, Path(config.latent), settled.training, progress)
     if autoencoder is not None:
         settings["autoencoder"] = hash_autoencoder(autoencoder)
 
@@ -166,7 +170,6 @@ def train_segdiff(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
         )
 
-    resumable = config.RESUMABLE | {DATA_NAME} | (STAGE_SETTINGS if config.masks != "auto" else set())
     run_folder = claimed(folder, settings, resumable)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if given.regions is None:
@@ -185,42 +188,6 @@ def train_segdiff(
     return run
 
 
-def settle_latents(preset: str, changes: dict[str, Any], folder: Path) -> tuple[SegdiffConfig, Autoencoder | None]:
-    """Return the settings with the sizes of the latents, and the autoencoder of ``latent=``; None without one.
-
-    The resolution of a preset is that of the latents, unless ``changes`` have one of the photos. A run resumes with its
-    copy of the autoencoder if that is no longer where it was.
-    """
-    config = preset_config(preset, **changes)
-    if config.latent_channels or config.latent_factor != 1:
-        raise ConfigError(
-            "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
-        )
-    if config.latent is None:
-        return config, None
-    if not Path(config.latent).expanduser().exists() and (folder / COPY_NAME).exists():
-        autoencoder = read_space(folder).autoencoder
-    else:
-        autoencoder = open_autoencoder(config.latent)
-    sizes = autoencoder.sizes
-    latents = {"latent_channels": sizes.latent_channels, "latent_factor": sizes.downsample}
-    if "resolution" not in changes:
-        latents["resolution"] = config.resolution * sizes.downsample
-    return dataclasses.replace(config, **latents), autoencoder
-
-
-def advise_size(preset: str, config: ResolvedSegdiffConfig) -> str:
-    """Return a line on images that are too small or too large for what the network sees of them, or nothing."""
-    size, side, wide = config.resolution, config.side, preset_config(preset).resolution * config.latent_factor
-    few = f"latent=: photos of {size} pixels are {side} x {side} latents, which show little; without resolution= "
-    few += f"photos of {wide} pixels are taken"
-    many = f"resolution={size}: a step on the latents of an autoencoder is many times faster: `factorkit train "
-    many += "autoencoder`, then latent="
-    if config.latent_channels:
-        return few if side < FEW_LATENTS else ""
-    return many if config.form == "regional" and size >= MANY_PIXELS else ""
-
-
 def encode_images(
     autoencoder: Autoencoder, images: np.ndarray, random_flip: bool, folder: Path, device: torch.device
 ) -> tuple[LatentSpace, np.ndarray]:
@@ -228,25 +195,6 @@ def encode_images(
     stored = (folder / COPY_NAME).exists()
     space = read_space(folder) if stored else LatentSpace(autoencoder)
     return space, space.encode_all(images, random_flip, device, measure=not stored).numpy()
-
-
-def settle_regions(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:
-    """Return the settings with ``masks`` and ``regions`` as a run in ``folder`` needs them, and why in lines.
-
-    A run that was started with masks="network", once the default, resumes with it, and one with a number of regions
-    too. ``regions`` stays None where masks="auto" chooses the number. Collective.
-    """
-    masks, note = config.choose_masks()
-    regions, notes = config.regions, [note] if note else []
-    stored = distributed.run_on_first(lambda: read_settings(folder) if (folder / CONFIG).exists() else {})
-    if stored.get("model") == "segdiff":
-        if config.masks is None and masks == "auto" and stored.get("masks") == "network":
-            masks, notes = "network", [f'masks="network": {folder} was started with it']
-        if regions is None and stored.get("regions") is not None:
-            regions = to_python(stored["regions"])
-            if not (folder / REGIONS_FILE).exists():
-                notes.append(f"regions={regions}: {folder} was started with it")
-    return dataclasses.replace(config, masks=masks, regions=regions), "\n".join(notes)
 
 
 def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
@@ -340,25 +288,35 @@ def run_seed_trials(
 
 
 def estimate(
-    data: Any = None, *, preset: str | None = None, classes: Classes | None = None, **changes: Any
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    classes: Classes | None = None,
+    num_images: int | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Estimate parameters, memory and time for ``--dry-run`` by a few training steps on random images.
 
     Args:
         data: only whether it is None, which selects the preset.
-        preset: as for :func:`train_segdiff`.
+        out, preset: as for :func:`train_segdiff`.
         classes: of the images, as :func:`find_classes` returns them.
+        num_images: to train on; None: enough.
         **changes: settings.
 
     Returns:
         regions (None: the images decide; the rest is for 3), parameters, images_per_second, seconds (of the whole run),
-        stage_seconds (of these, before the first step, for masks="auto"), memory_gib (of training; measured on a GPU,
-        on a CPU the growth of the process, at least the weights, their gradients, average and Adam's two moments),
-        trial_images
-        (the micro-batch timed).
+        stage_seconds (of these, before the first step, for masks="auto"), autoencoder_seconds (of these, for the
+        autoencoder that is trained first, if one is), latent_note (why pixels or latents, or empty), memory_gib (of
+        training; measured on a GPU, on a CPU the growth of the process, at least the weights, their gradients, average
+        and Adam's two moments), trial_images (the micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
-    given, _ = settle_latents(preset, changes, Path("."))
+    folder = Path(out) if out is not None else Path("runs") / preset
+    settled = settle_latents(preset, changes, folder, read_stored(folder))
+    settled = settled.for_images(MIN_IMAGES if num_images is None else num_images)
+    given = settled.config
     config = given.resolved()
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))
@@ -382,13 +340,16 @@ def estimate(
             stages.run()
     parameters = count_parameters(task.model)
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
+    first = estimate_autoencoder(**settled.training)["seconds"] if settled.training else 0.0
     return {
         "preset": preset,
         "regions": given.regions,
         "parameters": parameters,
         "images_per_second": count / seconds,
-        "seconds": config.steps * config.batch_size * seconds / count + stages.seconds,
+        "seconds": config.steps * config.batch_size * seconds / count + stages.seconds + first,
         "stage_seconds": stages.seconds,
+        "autoencoder_seconds": first,
+        "latent_note": settled.note,
         "memory_gib": max(grown, 5 * 4 * parameters) / 2**30,
         "trial_images": count,
         "steps": config.steps,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import segmentation
 from benchmarks.segmentation import measure_step
 from factorkit.data import make_procedural_dataset
+from factorkit.segdiff.config import preset_config
 
 
 @pytest.mark.slow
@@ -37,3 +39,24 @@ def test_segmentation_of_equal_processor_time_stores_steps_and_drawn_images(tmp_
     assert record["drawn"]["images"] == 16 and record["drawn"]["grain"] > 0
     frechet = f"{record['drawn']['frechet']:.3f}".lstrip("0")
     assert f"| 4 | {frechet} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "latent"), [([], "no"), (["--latent", "autoencoder"], "autoencoder")])
+def test_segmentation_many_pixels_are_denoised_unless_latent_is_given(tmp_path, monkeypatch, words, latent):
+    def settle(preset, changes, folder, stored):
+        return SimpleNamespace(config=preset_config(preset, **{**changes, "latent": "no"}))
+
+    requested = []
+
+    def train(data, **settings):
+        requested.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("factorkit.segdiff.settle.settle_latents", settle)
+    monkeypatch.setattr("factorkit.train_segdiff", train)
+    monkeypatch.setattr(segmentation, "RESULTS", tmp_path / "results.json")
+    words = ["segmentation", "tiny", "--set", "resolution=128", "--seeds", "0", "--out", str(tmp_path), *words]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        segmentation.main()
+    assert requested[0]["latent"] == latent and requested[0]["resolution"] == 128

@@ -89,3 +89,11 @@ def test_trainings_of_a_transformer_leave_out_what_only_the_unet_has(scale, tmp_
         assert trainings.config(**changes).backbone == "uvit"
     with pytest.raises(ConfigError, match="is a U-Net"):
         segdiff_runs.Trainings(Setup("table2.6", None, "full", tmp_path, changes=setup.changes), "cub64").config()
+
+
+def test_trainings_of_many_pixels_stay_on_pixels(tmp_path, monkeypatch):
+    requested = []
+    monkeypatch.setattr(segdiff_runs, "train_segdiff", lambda data, **settings: requested.append(settings))
+    setup = Setup("table2.6", None, "small", tmp_path, changes={"resolution": 128})
+    segdiff_runs.Trainings(setup, "cub64").train("ours", 0)
+    assert requested[0]["latent"] == "no"

@@ -26,8 +26,8 @@ from factorkit.segdiff.latents import LatentSpace, open_autoencoder
 from factorkit.segdiff.masks.distil import DistilTask
 from factorkit.segdiff.masks.objects import MaskNetwork, resize
 from factorkit.segdiff.object_stages import ObjectStages
+from factorkit.segdiff.settle import settle_latents
 from factorkit.segdiff.task import SegdiffTask
-from factorkit.segdiff.train import advise_size, settle_latents
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
@@ -235,7 +235,7 @@ def test_latent_run_resumed_without_its_autoencoder_is_bit_identical(tmp_path, i
     with pytest.raises(CheckpointError, match=r"autoencoder: '\w+' there, '\w+' requested"):
         factorkit.train_segdiff(images, out=tmp_path / "parts", latent=str(other), **{**RUN, "steps": 3})
     with pytest.raises(CheckpointError, match=r"autoencoder: '\w+' there, None requested"):
-        factorkit.train_segdiff(images, out=tmp_path / "parts", masks="network", **{**RUN, "steps": 3})
+        factorkit.train_segdiff(images, out=tmp_path / "parts", latent="no", masks="network", **{**RUN, "steps": 3})
     shutil.rmtree(autoencoder)
     factorkit.train_segdiff(images, out=tmp_path / "parts", latent=str(autoencoder), **{**RUN, "steps": 3})
     assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
@@ -332,18 +332,12 @@ def test_train_latent_few_latents_names_a_resolution(tmp_path, images, capsys):
     assert expected in capsys.readouterr().err
 
 
-def test_advise_size_many_pixels_names_latents():
-    config = preset_config("fast32", resolution=128, masks="network", regions=2).resolved()
-    assert "resolution=128: a step on the latents of an autoencoder is many" in advise_size("fast32", config)
-    assert not advise_size("fast32", preset_config("fast32", masks="network", regions=2).resolved())
-
-
 def test_settle_latents_without_a_resolution_gives_the_latents_that_of_the_preset(tmp_path):
     changes = {"latent": str(write_format(tmp_path / "autoencoder"))}
     for preset, side in (("fast32", 32), ("fast64", 64)):
-        config = settle_latents(preset, changes, tmp_path)[0].resolved()
+        config = settle_latents(preset, changes, tmp_path, {}).config.resolved()
         assert (config.resolution, config.side) == (4 * side, side)
-    assert settle_latents("fast64", {**changes, "resolution": 128}, tmp_path)[0].resolved().side == 32
+    assert settle_latents("fast64", {**changes, "resolution": 128}, tmp_path, {}).config.resolved().side == 32
 
 
 @pytest.mark.slow
@@ -357,6 +351,21 @@ def test_commands_use_a_latent_run(trained, images, tmp_path, capsys):
         ["train", "segdiff", "--latent", str(write_format(tmp_path / "ae")), "--resolution", "32", "--dry-run"],
     ):
         assert main(command) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "side"), [([], 32), (["--resolution", "32"], 8), (["--resolution", "128"], 32)])
+def test_command_without_a_resolution_gives_the_latents_that_of_the_preset(tmp_path, monkeypatch, words, side):
+    sides = []
+
+    def settle(preset, changes, *arguments):
+        sides.append(settle_latents(preset, changes, *arguments).config.side)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("factorkit.segdiff.train.settle_latents", settle)
+    autoencoder = str(write_format(tmp_path / "ae"))
+    out = str(tmp_path / "run")
+    assert main(["train", "segdiff", "--preset", "fast32", "--latent", autoencoder, "--out", out, *words]) == 130
+    assert sides == [side]
 
 
 def test_space_of_its_tensors_keeps_the_shortcuts_of_the_autoencoder():

@@ -1,0 +1,161 @@
+"""What settings leave open, settled before a run starts: pixels or latents, what proposes regions, and how many."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from factorkit.engine.config import to_python
+from factorkit.engine.run_folder import CONFIG, read_settings
+from factorkit.nn.autoencoder import Autoencoder
+from factorkit.report.content import judged_alarms
+from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderConfig, train_autoencoder
+from factorkit.segdiff.config import PIXELS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.latents import COPY_NAME, open_autoencoder, read_space
+from factorkit.segdiff.object_stages import REGIONS_FILE
+from factorkit.segdiff.training_images import MIN_IMAGES
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError, format_count
+from factorkit.utils.files import read_log
+
+FEW_LATENTS = 16  # a side
+#: Sides of photos from which latents are the default, and from which their sides are 8 times smaller in place of 4
+MANY_PIXELS, VERY_MANY_PIXELS = 128, 256
+OWN_SUFFIX = "_autoencoder"  # of the folder of the autoencoder that a run trains first
+#: Settings that an autoencoder of a run's own shares with the run.
+SHARED_SETTINGS = ("resolution", "random_flip", "holdout", "mask_set", "seed", "device", "precision", "threads")
+
+
+class Latents(NamedTuple):
+    """In what a run denoises.
+
+    Attributes:
+        config: the settings, with the sizes of the latents; ``latent`` is "no" or a path.
+        note: why in a line, or nothing.
+        autoencoder: None for pixels, and where it is to be trained.
+        training: settings of the autoencoder that is to be trained on the images first, in the folder ``latent``.
+    """
+
+    config: SegdiffConfig
+    note: str = ""
+    autoencoder: Autoencoder | None = None
+    training: dict[str, Any] | None = None
+
+    def for_images(self, count: int) -> Latents:
+        """Return the same with as many images: too few train no autoencoder, so that the run denoises pixels."""
+        if not self.training or count >= MIN_IMAGES:
+            return self
+        note = f'latent="{PIXELS}": {format_count(count, "image")}, and an autoencoder takes {MIN_IMAGES}'
+        return Latents(dataclasses.replace(set_sizes(self.config, 0, 1), latent=PIXELS), note)
+
+
+def read_stored(folder: Path) -> dict[str, Any]:
+    """Return the settings of the segdiff run in a folder; {} without one. Collective."""
+    stored = distributed.run_on_first(lambda: read_settings(folder) if (folder / CONFIG).exists() else {})
+    return stored if stored.get("model") == "segdiff" else {}
+
+
+def settle_latents(preset: str, changes: dict[str, Any], folder: Path, stored: dict[str, Any]) -> Latents:
+    """Return in what a run in ``folder``, which ``stored`` may have the settings of, denoises. Collective.
+
+    With latent="auto" a run goes on as it was started. With a path the resolution of a preset is that of the latents,
+    unless ``changes`` have one of the photos; the run has a copy of the autoencoder, should that be gone.
+    """
+    config, own = preset_config(preset, **changes), str(folder.with_name(folder.name + OWN_SUFFIX))
+    if config.latent_channels or config.latent_factor != 1:
+        raise ConfigError(
+            "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
+        )
+    note, read_copy = "", distributed.run_on_first((folder / COPY_NAME).exists)
+    if config.latent == "auto":
+        training, note = choose_autoencoder(preset, config)
+        latent = default = own if training else PIXELS
+        if stored and (latent := stored["latent"]) != default:
+            note = f'latent="{latent}": {folder} was started with it'
+        config = dataclasses.replace(config, latent=latent)
+        if training and latent == own and not read_copy:
+            note = (
+                f"resolution={config.resolution}: the model denoises latents, many times faster than pixels. Their "
+                f"autoencoder is trained on these images first, for {training['steps']} steps, in {own}; "
+                f'latent="no" denoises pixels'
+            )
+            return Latents(set_sizes(config, training["latent_channels"], training["downsample"]), note, None, training)
+    elif read_copy:
+        read_copy = not distributed.run_on_first(Path(config.latent).expanduser().exists)
+    if config.latent == PIXELS:
+        return Latents(config, note)
+    autoencoder = read_space(folder).autoencoder if read_copy else open_autoencoder(config.latent)
+    sizes = autoencoder.sizes
+    if "resolution" not in changes:
+        config = dataclasses.replace(config, resolution=config.resolution * sizes.downsample)
+    return Latents(set_sizes(config, sizes.latent_channels, sizes.downsample), note, autoencoder)
+
+
+def choose_autoencoder(preset: str, config: SegdiffConfig) -> tuple[dict[str, Any] | None, str]:
+    """Return the settings of the autoencoder that latent="auto" trains; None for pixels, with a line on why.
+
+    The line is empty where nobody would expect latents.
+    """
+    if config.resolution < MANY_PIXELS or config.form == "thesis":
+        return None, ""
+    pixels = f'latent="{PIXELS}": '
+    if preset_config(preset).resolution >= MANY_PIXELS:
+        faster = "A step on latents is many times faster: `factorkit train autoencoder`, then latent="
+        return None, f'{pixels}preset="{preset}" is a network for pixels. {faster}'
+    if config.masks == "mixture" or len(config.nesting) > 1:
+        nested = f"regions={config.nesting} was measured on pixels alone; latent= takes an autoencoder"
+        return None, pixels + ('masks="mixture" is for pixels' if config.masks == "mixture" else nested)
+    very_many, processes = config.resolution >= VERY_MANY_PIXELS, distributed.world_size()
+    training = SETTINGS | {name: getattr(config, name) for name in SHARED_SETTINGS}
+    training |= {"downsample": 8, "latent_channels": 8} if very_many else {"downsample": 4, "latent_channels": 4}
+    training["batch_size"] = -(-SETTINGS["batch_size"] // processes) * processes
+    try:
+        AutoencoderConfig.from_dict(training).validate()
+        set_sizes(config, training["latent_channels"], training["downsample"]).resolved()
+    except ConfigError as error:
+        return None, f"{pixels}{error}"
+    return training, ""
+
+
+def set_sizes(config: SegdiffConfig, channels: int, factor: int) -> SegdiffConfig:
+    """Return the settings with the sizes of latents."""
+    return dataclasses.replace(config, latent_channels=channels, latent_factor=factor)
+
+
+def train_own_autoencoder(data: Any, folder: Path, training: dict[str, Any], progress: bool) -> Autoencoder:
+    """Train the autoencoder of a run on its images, or resume it, or read it if it is finished. Collective."""
+    train_autoencoder(data, out=folder, progress=progress, **training)
+
+    def warn() -> None:
+        for failure in judged_alarms(read_log(folder))[1]:
+            print(f"autoencoder: {failure}", file=sys.stderr)
+
+    distributed.run_on_first(warn)
+    return open_autoencoder(folder)
+
+
+def advise_size(preset: str, config: ResolvedSegdiffConfig) -> str:
+    """Return a line on latents that are too few to show anything, or nothing."""
+    size, side, wide = config.resolution, config.side, preset_config(preset).resolution * config.latent_factor
+    few = f"latent=: photos of {size} pixels are {side} x {side} latents, which show little; without resolution= "
+    return f"{few}photos of {wide} pixels are taken" if config.latent_channels and side < FEW_LATENTS else ""
+
+
+def settle_regions(config: SegdiffConfig, folder: Path, stored: dict[str, Any]) -> tuple[SegdiffConfig, str]:
+    """Return the settings with ``masks`` and ``regions`` as a run in ``folder`` needs them, and why in lines.
+
+    A run, of which ``stored`` are the settings, that was started with masks="network", once the default, resumes with
+    it, and one with a number of regions too. ``regions`` stays None where masks="auto" chooses the number.
+    """
+    masks, note = config.choose_masks()
+    regions, notes = config.regions, [note] if note else []
+    if stored:
+        if config.masks is None and masks == "auto" and stored.get("masks") == "network":
+            masks, notes = "network", [f'masks="network": {folder} was started with it']
+        if regions is None and stored.get("regions") is not None:
+            regions = to_python(stored["regions"])
+            if not (folder / REGIONS_FILE).exists():
+                notes.append(f"regions={regions}: {folder} was started with it")
+    return dataclasses.replace(config, masks=masks, regions=regions), "\n".join(notes)

@@ -1,0 +1,221 @@
+"""What settings leave open: latents of an autoencoder that is trained first, by the photo's size and the run's past."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+import factorkit
+from factorkit.cli.main import main
+from factorkit.data import draw_flowers
+from factorkit.segdiff import settle
+from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderTask
+from factorkit.segdiff.settle import settle_latents
+from factorkit.utils import distributed
+from factorkit.utils.errors import CheckpointError
+from factorkit.utils.files import read_log, timeline
+from tests.engine.trained import assert_identical, final_state
+
+SIDE = 48
+RUN = {
+    **{"preset": "demo", "resolution": SIDE, "regions": 2, "masks": "network", "model_channels": 8},
+    **{"channel_mult": (1, 2), "norm_groups": 4, "batch_size": 4, "steps": 1, "device": "cpu"},
+}
+LINE = "latents, many times faster than pixels. Their autoencoder is trained on these images first, for 3 steps, in "
+
+
+@pytest.fixture(scope="module")
+def images():
+    return draw_flowers(12, SIDE, seed=0)[0]
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    """Make photos of 48 pixels many, and autoencoders small."""
+    monkeypatch.setattr(settle, "MANY_PIXELS", SIDE)
+    for name, value in {"steps": 3, "model_channels": 8, "batch_size": 2, "crop_size": 16}.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+
+
+def train(images, folder, **changes):
+    return factorkit.train_segdiff(images, out=folder / "run", **{**RUN, **changes})
+
+
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_train_many_pixels_trains_an_autoencoder_first_and_denoises_its_latents(tmp_path, images, capsys):
+    run, own = train(images, tmp_path, seed_trials=2, seed=5), tmp_path / "run_autoencoder"
+    assert f'resolution={SIDE}: the model denoises {LINE}{own}; latent="no" denoises' in capsys.readouterr().err
+    assert run.config.latent == settings_of(tmp_path / "run")["latent"] == str(own)
+    assert (run.config.latent_factor, run.config.latent_channels, run.config.side) == (4, 4, SIDE // 4)
+    assert run.generate(2, steps=2).images.shape == (2, 3, SIDE, SIDE)
+    autoencoder = factorkit.load(own, device="cpu")
+    assert (autoencoder.step, autoencoder.config.resolution, autoencoder.config.seed) == (3, SIDE, 5)
+    assert_identical(run.model.space.autoencoder.state_dict(), autoencoder.model.state_dict())
+    shutil.rmtree(own)  # the run has a copy
+    assert train(images, tmp_path, seed_trials=2, seed=5, steps=2).step == 2
+    assert not own.exists() and "denoises latents" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_train_latent_no_stays_on_pixels_and_resumes_on_them_by_default(tmp_path, images, capsys):
+    run, line = train(images, tmp_path, latent="no"), f'latent="no": {tmp_path / "run"} was started with it'
+    assert run.config.latent == "no" and run.config.latent_channels == 0
+    assert "latent" not in capsys.readouterr().err
+    assert train(images, tmp_path, steps=2).step == 2 and line in capsys.readouterr().err
+    stored = settings_of(tmp_path / "run")
+    earlier = {**stored, "latent": None}, {k: v for k, v in stored.items() if not k.startswith("latent")}
+    for steps, settings in enumerate(earlier, 3):  # of versions before
+        (tmp_path / "run/config.json").write_text(json.dumps(settings))
+        assert train(images, tmp_path, steps=steps).step == steps and line in capsys.readouterr().err
+        assert factorkit.load(tmp_path / "run", device="cpu").config.latent == "no"
+    assert not (tmp_path / "run_autoencoder").exists()
+
+
+@pytest.mark.slow
+def test_train_interrupted_in_the_autoencoder_resumes_exactly_by_the_same_command(
+    tmp_path, images, monkeypatch, capsys
+):
+    np.save(tmp_path / "images.npy", images)
+    words = ["train", "segdiff", "--data", str(tmp_path / "images.npy"), "--preset", "demo", "--device", "cpu"]
+    words += [
+        "--resolution",
+        str(SIDE),
+        "--regions",
+        "2",
+        "--masks",
+        "network",
+        "--model-channels",
+        "8",
+        "--steps",
+        "1",
+    ]
+    words += ["--batch-size", "4", "--channel-mult", "1", "2", "--norm-groups", "4", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    loss = AutoencoderTask.loss
+
+    def interrupt(self, indices, draw, step, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, indices, draw, step, *arguments)
+
+    monkeypatch.setattr(AutoencoderTask, "loss", interrupt)
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "parts")]) == 130
+    assert f"a checkpoint is saved in {tmp_path / 'parts_autoencoder'}; the same" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(AutoencoderTask, "loss", loss)
+    assert main([*words, str(tmp_path / "parts")]) == 0
+    for name in ("_autoencoder", ""):
+        assert_identical(final_state(tmp_path / f"parts{name}"), final_state(tmp_path / f"whole{name}"))
+    events = read_log(tmp_path / "parts_autoencoder")
+    assert [event["step"] for event in timeline(events, "resume")] == [1]
+
+
+@pytest.mark.slow
+def test_train_finished_autoencoder_is_used_again_and_another_is_refused(tmp_path, images):
+    train(images, tmp_path)
+    state = final_state(tmp_path / "run_autoencoder")
+    shutil.rmtree(tmp_path / "run")
+    train(images, tmp_path)
+    assert_identical(final_state(tmp_path / "run_autoencoder"), state)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="run_autoencoder holds a run with other data"):
+        train(images[::-1].copy(), tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_in_a_folder_that_is_refused_trains_no_autoencoder(tmp_path, images):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    with pytest.raises(CheckpointError, match="exists and is not a factorkit run"):
+        train(images, tmp_path)
+    assert not (tmp_path / "run_autoencoder").exists()
+
+
+@pytest.mark.slow
+def test_train_few_photos_stay_on_pixels_with_a_line(tmp_path, images, capsys):
+    assert train(images[:7], tmp_path).config.latent == "no"
+    assert 'latent="no": 7 images, and an autoencoder takes 8' in capsys.readouterr().err
+    assert not (tmp_path / "run_autoencoder").exists()
+
+
+@pytest.mark.slow
+def test_train_started_in_latents_of_a_given_autoencoder_resumes_in_them(tmp_path, images, monkeypatch, capsys):
+    given = tmp_path / "given"
+    factorkit.train_autoencoder(images, out=given, resolution=SIDE, device="cpu", progress=False)
+    train(images, tmp_path, latent=str(given))
+    for steps, limit in ((2, SIDE), (3, 1000)):  # whether latents would be the default or not
+        monkeypatch.setattr(settle, "MANY_PIXELS", limit)
+        run = train(images, tmp_path, steps=steps)
+        assert run.config.latent == str(given) and f'latent="{given}": {tmp_path}' in capsys.readouterr().err
+    assert not (tmp_path / "run_autoencoder").exists()
+
+
+def settle_new(preset, folder, **changes):
+    return settle_latents(preset, {"resolution": SIDE, **changes}, folder, {})
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "line"),
+    [
+        ("demo", {"resolution": SIDE - 4}, ""),
+        ("demo", {"form": "thesis"}, ""),
+        ("flowers64", {}, ""),
+        ("fast64", {}, 'preset="fast64" is a network for pixels. A step on latents is many times faster: `factorkit'),
+        ("demo", {"masks": "mixture"}, 'masks="mixture" is for pixels'),
+        ("demo", {"regions": (3, 2)}, "regions=(3, 2) was measured on pixels alone; latent="),
+        ("demo", {"resolution": SIDE + 2}, f"resolution={SIDE + 2} must be divisible by downsample=4"),
+        ("demo", {"channel_mult": (1, 1, 1, 1, 1)}, "in latents of 12 pixels, 4 times smaller: "),
+    ],
+)
+def test_settle_latents_what_latents_do_not_suit_stays_on_pixels(tmp_path, preset, changes, line):
+    settled = settle_new(preset, tmp_path, **changes)
+    assert settled.config.latent == "no" and settled.config.latent_channels == 0 and not settled.training
+    assert settled.note.startswith(f'latent="no": {line}' if line else "") and bool(line) == bool(settled.note)
+
+
+@pytest.mark.parametrize(("side", "factor", "channels"), [(48, 4, 4), (240, 4, 4), (256, 8, 8), (512, 8, 8)])
+def test_settle_latents_autoencoder_of_very_many_pixels_is_8_times_smaller(tmp_path, side, factor, channels):
+    settled = settle_new("demo", tmp_path / "run", resolution=side, seed=3, holdout=2)
+    assert settled.config.latent == str(tmp_path / "run_autoencoder")
+    sizes = {"resolution": side, "downsample": factor, "latent_channels": channels, "seed": 3, "holdout": 2}
+    assert settled.training.items() >= sizes.items()
+    assert settled.config.resolved().side == side // factor
+
+
+def test_settle_latents_batch_of_the_autoencoder_suits_the_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "run_on_first", lambda work: work())
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    assert settle_new("demo", tmp_path).training["batch_size"] == 3
+
+
+def test_train_own_autoencoder_names_its_alarm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settle, "train_autoencoder", lambda *arguments, **options: None)
+    monkeypatch.setattr(settle, "open_autoencoder", lambda folder: folder)
+    monkeypatch.setattr(settle, "judged_alarms", lambda log: (None, ["round trip: 20 dB"]))
+    assert settle.train_own_autoencoder(None, tmp_path, {}, False) == tmp_path
+    assert capsys.readouterr().err == "autoencoder: round trip: 20 dB\n"
+
+
+@pytest.mark.slow
+def test_command_dry_run_names_pixels_or_latents(tmp_path, images, capsys):
+    np.save(tmp_path / "images.npy", images[:9])
+    np.save(tmp_path / "few.npy", images[:7])
+    words = ["train", "segdiff", "--preset", "demo", "--resolution", str(SIDE), "--masks", "network", "--device", "cpu"]
+    words += ["--model-channels", "8", "--dry-run", "--out", str(tmp_path / "run"), "--data"]
+    assert main([*words, str(tmp_path / "images.npy")]) == 0
+    out = capsys.readouterr().out
+    assert f"{LINE}{tmp_path / 'run_autoencoder'}" in out and "for the autoencoder first" in out
+    assert main([*words, str(tmp_path / "few.npy")]) == 0
+    assert "7 images, and an autoencoder takes 8" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "images.npy"), "--latent", "no"]) == 0
+    assert "latents" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("run*"))
