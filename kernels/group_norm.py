@@ -347,9 +347,9 @@ def sums_kernel(
     if block < blocks_u:
         c = span(block * BLOCK_C, BLOCK_C)
         u += (image if SHARED else row) * pixels * channels_u
-        m = None if bias is None or masks is None else masks + row * pixels
-        at = (c, channels_u, channels)
-        sum_half(grad, u, m, floor, bias, slope, offset, partial, bounds, at, strides, ACTIVATE, BLOCK_P, BLOCK_C)
+        w = None if bias is None or masks is None else masks + row * pixels
+        at_u = (c, channels_u, channels)
+        sum_half(grad, u, w, floor, bias, slope, offset, partial, bounds, at_u, strides, ACTIVATE, BLOCK_P, BLOCK_C)
     elif skip is not None:
         c = span((block - blocks_u) * BLOCK_C, BLOCK_C)
         skip += image * pixels * channels_s
@@ -358,8 +358,8 @@ def sums_kernel(
         offset += channels_u
         partial += channels_u
         m = None if masks is None else masks + row * pixels
-        at = (c, channels_s, channels)
-        sum_half(grad, skip, m, floor, None, slope, offset, partial, bounds, at, strides, ACTIVATE, BLOCK_P, BLOCK_C)
+        at_s = (c, channels_s, channels)
+        sum_half(grad, skip, m, floor, None, slope, offset, partial, bounds, at_s, strides, ACTIVATE, BLOCK_P, BLOCK_C)
 
 
 def norm_backward(

@@ -318,6 +318,18 @@ def test_compiled_norm_matches_reference(dtype, norm, shared, masked, monkeypatc
             assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5), error
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_input_bias_of_tensors_that_the_compiled_norm_takes_is_added(norm):
+    x, bias = torch.randn(4, 6, 3, 5).to(memory_format=torch.channels_last), torch.randn(6, requires_grad=True)
+    weight, options = torch.randn(6), {"groups": 2, "norm": norm, "masks": soft_masks(2, 2, 3, 5).detach().float()}
+    runs = (
+        ops.group_norm_silu(x, weight, weight, input_bias=bias, **options),
+        ops.group_norm_silu(x + bias[:, None, None], weight, weight, **options),
+    )
+    torch.testing.assert_close(*runs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), bias) for out in runs), rtol=1e-4, atol=1e-4)
+
+
 def test_empty_batch_gives_empty_output():
     x, w = torch.zeros(0, 4, 3, 3), torch.ones(4)
     assert ops.group_norm_silu(x, w, w, groups=2).shape == (0, 4, 3, 3)
