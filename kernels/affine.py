@@ -59,6 +59,7 @@ def gradient_sums_kernel(
     mask_terms,
     d_scale,
     d_shift,
+    on_input,
     channels,
     chunks,
     groups,
@@ -78,10 +79,14 @@ def gradient_sums_kernel(
 
     plain = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)  # sum over pixels of d_pre
     times = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)  # and of d_pre * z
+    on_z = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)  # and of w * z or, without moments, of d_z
+    kinds: tl.constexpr = 2 if on_input is None else 3
     for i in range(chunks):
-        at = partial + (row * chunks + i) * 2 * channels + c
+        at = partial + (row * chunks + i) * kinds * channels + c
         plain += load(at, inside)
         times += load(at + channels, inside)
+        if on_input is not None:
+            on_z += load(at + 2 * channels, inside)
     if means is not None:
         mean = load(means + row * groups + g, g < groups)
         rstd = tl.load(rstds + row * groups + g, mask=g < groups, other=1.0)
@@ -89,9 +94,13 @@ def gradient_sums_kernel(
         gain, _ = modulation(weight, bias, scale, shift, row, c, channels, inside)
         d1 = tl.sum(gain * plain, 1)
         d2 = tl.sum(gain * times, 1)
-        total = pixels * 1.0 if mass is None else tl.load(mass + row * groups + g, mask=g < groups, other=1.0)
+        total = tl.zeros([BLOCK_G], tl.float32) + pixels
+        if mass is not None:
+            total = tl.load(mass + row * groups + g, mask=g < groups, other=1.0)
         value = (rstd * mean * d2 - d1) * rstd / (size * total)
         square = -rstd * rstd * d2 / (size * total)
+        from_mean = square[:, None] * (on_z - (mean * total)[:, None])
+        on_z = rstd[:, None] * (gain * plain - d1[:, None] / size) + from_mean  # sum of d_z
         tl.store(on_value + row * channels + c, tl.broadcast_to(value[:, None], [BLOCK_G, BLOCK_D]), mask=inside)
         tl.store(on_square + row * channels + c, tl.broadcast_to(square[:, None], [BLOCK_G, BLOCK_D]), mask=inside)
         if mask_terms is not None:
@@ -105,15 +114,28 @@ def gradient_sums_kernel(
         on_scale = times * load(weight + c, inside) + plain * load(bias + c, inside)
         tl.store(d_scale + row * channels + c, on_scale, mask=inside)
         tl.store(d_shift + row * channels + c, plain, mask=inside)
+    if on_input is not None:
+        tl.store(on_input + row * channels + c, on_z, mask=inside)
 
 
 @kernel
 def affine_kernel(
-    summed, moment, scale, d_weight, d_bias, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    summed,
+    moment,
+    on_input,
+    scale,
+    d_weight,
+    d_bias,
+    d_input,
+    rows,
+    channels,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     c = span(tl.program_id(0) * BLOCK_C, BLOCK_C)
     on_weight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     on_bias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    on_z = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for r0 in range(0, rows, BLOCK_R):
         row = span(r0, BLOCK_R)
         inside = (row < rows)[:, None] & (c < channels)[None, :]
@@ -123,8 +145,12 @@ def affine_kernel(
             factor = 1.0 + load(scale + at, inside)
         on_weight += load(moment + at, inside) * factor
         on_bias += load(summed + at, inside) * factor
+        if on_input is not None:
+            on_z += load(on_input + at, inside)
     tl.store(d_weight + c, tl.sum(on_weight, 0), mask=c < channels)
     tl.store(d_bias + c, tl.sum(on_bias, 0), mask=c < channels)
+    if on_input is not None:
+        tl.store(d_input + c, tl.sum(on_z, 0), mask=c < channels)
 
 
 @dataclass
@@ -134,31 +160,42 @@ class GradientSums:
     on_value: Tensor | None  # [rows, C]
     on_square: Tensor | None  # [rows, C]
     mask_terms: Tensor | None  # [rows, parts], to be summed
-    affine: Affine  # gradients for weight, bias, scale, shift
+    affine: tuple[Tensor | None, ...]  # gradients for weight, bias, scale, shift and input_bias
 
 
 def gradient_sums(
-    partial: Tensor, pixels: int, affine: Affine, groups: int, eps: float, stats: Statistics | None
+    partial: Tensor,
+    pixels: int,
+    affine: Affine,
+    input_bias: Tensor | None,
+    groups: int,
+    eps: float,
+    stats: Statistics | None,
 ) -> GradientSums:
-    """Finalise partial sums [rows, chunks, 2, C] of d_pre and d_pre * z (d_pre * normal if ``stats`` is None)."""
+    """Finalise partial sums [rows, chunks, 2, C] of d_pre and d_pre * z (d_pre * normal if ``stats`` is None).
+
+    With an ``input_bias`` there are 3: the last are those of w * z (d_z if ``stats`` is None).
+    """
     weight, bias, scale, shift = affine
     rows, chunks, _, channels = partial.shape
     size = channels // groups
     block_g, block_d = tiles.group_tile(groups, size)
     blocks_g = tiles.ceil_div(groups, block_g)
     summed, moment = scratch(rows, channels, like=partial), scratch(rows, channels, like=partial)
-    on_value = on_square = mask_terms = d_scale = d_shift = None
+    on_value = on_square = mask_terms = d_scale = d_shift = on_input = d_input = None
     if stats is not None:
         on_value, on_square = scratch(rows, channels, like=partial), scratch(rows, channels, like=partial)
         mask_terms = None if stats.mass is None else scratch(rows, blocks_g, like=partial)
     if scale is not None:
         d_scale, d_shift = scale.new_empty(scale.shape), shift.new_empty(shift.shape)
+    if input_bias is not None:
+        on_input, d_input = scratch(rows, channels, like=partial), input_bias.new_empty(input_bias.shape)
     moments = (None, None, None) if stats is None else (*stats.moments[:2], stats.mass)
-    outputs = (summed, moment, on_value, on_square, mask_terms, d_scale, d_shift)
+    outputs = (summed, moment, on_value, on_square, mask_terms, d_scale, d_shift, on_input)
     sizes = (channels, chunks, groups, size, blocks_g, pixels, eps)
     blocks = {"BLOCK_G": block_g, "BLOCK_D": block_d}
     launch(gradient_sums_kernel, rows * blocks_g, partial, *affine, *moments, *outputs, *sizes, **blocks, warps=2)
     d_weight, d_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    tensors = (summed, moment, scale, d_weight, d_bias)
+    tensors = (summed, moment, on_input, scale, d_weight, d_bias, d_input)
     launch(affine_kernel, tiles.ceil_div(channels, 16), *tensors, rows, channels, BLOCK_R=64, BLOCK_C=16, warps=4)
-    return GradientSums(on_value, on_square, mask_terms, (d_weight, d_bias, d_scale, d_shift))
+    return GradientSums(on_value, on_square, mask_terms, (d_weight, d_bias, d_scale, d_shift, d_input))

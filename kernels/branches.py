@@ -14,10 +14,12 @@ from factorkit.kernels import tiles
 from factorkit.kernels.affine import GradientSums, Statistics
 from factorkit.kernels.tiles import (
     channels_last,
+    contiguous,
     empty_features,
     kernel,
     launch,
     load,
+    load_biased,
     pixel_strides,
     scratch,
     silu_slope,
@@ -36,11 +38,13 @@ class Branches:
     """The concatenation z = [u_k ; m_k * skip] as the kernels see it: tensors channels last, and its sizes."""
 
     u: Tensor  # [B, C_u, H, W] shared by the branches, or [B*K, C_u, H, W]
+    input_bias: Tensor | None  # [C_u], added to u wherever it is loaded
     skip: Tensor | None  # [B, C_s, H, W]
     masks: Tensor | None  # [B, K, H, W] fp32
 
-    def __init__(self, u: Tensor, skip: Tensor | None, masks: Tensor | None):
+    def __init__(self, u: Tensor, skip: Tensor | None, masks: Tensor | None, input_bias: Tensor | None = None):
         self.u, self.skip = channels_last(u), None if skip is None else channels_last(skip)
+        self.input_bias = contiguous(input_bias)
         self.masks = None if masks is None else flat_masks(masks)
         self.skip_masks = None if skip is None else self.masks
         self.regions = 1 if masks is None else masks.shape[1]
@@ -65,6 +69,7 @@ class Branches:
 def moments_kernel(
     x,  # [sources, pixels, channels]
     masks,  # [sources, regions, pixels] or None
+    bias,  # [channels], added to x, or None
     partial,  # [sources * regions, chunks, 2 or 1, channels]
     mass,  # [sources * regions, chunks] or None: sum of w
     pixels,
@@ -96,7 +101,7 @@ def moments_kernel(
     for p0 in tl.range(begin, tl.minimum(begin + chunk, pixels), BLOCK_P):
         p = span(p0, BLOCK_P)
         inside = (p < pixels)[:, None] & (c < channels)[None, :]
-        value = load(x + (source * pixels + p)[:, None] * channels + c[None, :], inside)
+        value = load_biased(x + (source * pixels + p)[:, None] * channels + c[None, :], bias, c, channels, inside)
         more_first = ()
         more_second = ()
         more_weight = ()
@@ -128,7 +133,14 @@ def moments_kernel(
 
 
 def channel_moments(
-    x: Tensor, masks: Tensor | None, *, weighted: bool, times_mask: bool, floor: float, second: bool = True
+    x: Tensor,
+    masks: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    weighted: bool,
+    times_mask: bool = False,
+    floor: float,
+    second: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Sum every channel of x over pixels, for all branches in one read of x.
 
@@ -140,6 +152,7 @@ def channel_moments(
     Args:
         x: [R, C, H, W], channels last.
         masks: [R, K, H, W] fp32, needed by ``weighted`` and ``times_mask``.
+        bias: [C], added to x.
         second: whether to compute the second moment.
 
     Returns:
@@ -161,7 +174,7 @@ def channel_moments(
     flags = {"WEIGHTED": weighted, "TIMES_MASK": times_mask, "SECOND": second}
     blocks = {"K": block_k, "BLOCK_P": block_p, "BLOCK_C": block_c}
     programs = sources * chunks * blocks_c * blocks_k
-    launch(moments_kernel, programs, x, masks, partial, mass, *sizes, **flags, **blocks, warps=4)
+    launch(moments_kernel, programs, x, masks, bias, partial, mass, *sizes, **flags, **blocks, warps=4)
     return partial, mass
 
 
@@ -205,6 +218,7 @@ def branch_gradients_kernel(
     u,
     skip,
     masks,
+    bias,
     slope,
     offset,
     on_value,
@@ -255,7 +269,8 @@ def branch_gradients_kernel(
                 z = total
                 if slope is not None:
                     source = image if SHARED else row
-                    z = load(u + (source * pixels + p)[:, None] * channels_u + c[None, :], inside)
+                    z = u + (source * pixels + p)[:, None] * channels_u + c[None, :]
+                    z = load_biased(z, bias, c, channels_u, inside)
                 weight = load(masks + row * pixels + p, here) + floor if WEIGHTED else None
                 at = row * channels + c
                 d = load(grad + row * stride_n + from_p + c[None, :] * stride_c, inside)
@@ -336,7 +351,7 @@ def feature_gradients(
     norm = (None,) * 5
     if stats is not None:
         norm = (stats.slope, stats.offset, sums.on_value, sums.on_square, sums.mask_terms)
-    tensors = (None if stats is None else x.u, x.skip, None if d_masks is None else x.masks, *norm)
+    tensors = (None if stats is None else x.u, x.skip, None if d_masks is None else x.masks, x.input_bias, *norm)
     sizes = (x.pixels, x.channels_u, x.channels_s, at_skip, *strides, blocks_p, blocks_c, parts, terms, floor)
     padded = {"K_PAD": tiles.power_of_two(x.regions), "T_PAD": tiles.power_of_two(terms)}
     launch(

@@ -3,6 +3,8 @@
     mean, rstd over the channels of a group and all pixels, pixels weighted by 1 or (``weighted``) by w = m_k + floor
     y = SiLU(slope * z + offset), slope = weight (1 + scale) rstd, offset = bias (1 + scale) + shift - mean * slope
 
+The bias of the convolution that made u is added wherever u is loaded; its gradient comes from the backward's sums.
+
 A norm without a skip is the case C_s = 0; a plain U-Net's skip is the case without masks (K = 1). Four steps forward
 (partial sums of u, of the skip, their finalisation, one elementwise pass), and four more backward. Sums and gradients
 of the concatenation are in :mod:`factorkit.kernels.branches`, those of the affine part in
@@ -22,6 +24,7 @@ from factorkit.kernels.tiles import (
     kernel,
     launch,
     load,
+    load_biased,
     pixel_strides,
     scratch,
     sigmoid,
@@ -116,7 +119,7 @@ def statistics(
     if moments is None:
         rows_as_images = weighted and not x.shared
         masks_u = x.masks.reshape(x.rows, 1, *x.masks.shape[2:]) if rows_as_images else x.masks
-        partial_u, mass_parts = channel_moments(x.u, masks_u, weighted=weighted, times_mask=False, floor=floor)
+        partial_u, mass_parts = channel_moments(x.u, masks_u, x.input_bias, weighted=weighted, floor=floor)
         if x.skip is not None:
             masked = x.masks is not None
             partial_s, _ = channel_moments(x.skip, x.masks, weighted=weighted, times_mask=masked, floor=floor)
@@ -144,6 +147,7 @@ def branch_pass_kernel(
     u,
     skip,
     masks,
+    bias,
     slope,
     offset,
     out,
@@ -168,14 +172,14 @@ def branch_pass_kernel(
         c = span(block * BLOCK_C, BLOCK_C)
         inside = (p < pixels)[:, None] & (c < channels_u)[None, :]
         if SHARED:
-            z = load(u + (image * pixels + p)[:, None] * channels_u + c[None, :], inside)
+            z = load_biased(u + (image * pixels + p)[:, None] * channels_u + c[None, :], bias, c, channels_u, inside)
             for k in tl.static_range(K):
                 row = image * K + k
                 write_branch(z, slope, offset, out, row, p, c, pixels, channels, inside, c < channels_u, ACTIVATE)
         else:
             for k in tl.static_range(K):
                 row = image * K + k
-                z = load(u + (row * pixels + p)[:, None] * channels_u + c[None, :], inside)
+                z = load_biased(u + (row * pixels + p)[:, None] * channels_u + c[None, :], bias, c, channels_u, inside)
                 write_branch(z, slope, offset, out, row, p, c, pixels, channels, inside, c < channels_u, ACTIVATE)
     else:
         c = span((block - blocks_u) * BLOCK_C, BLOCK_C)
@@ -205,10 +209,8 @@ def norm_forward(
     u: Tensor,
     skip: Tensor | None,
     masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    affine: Affine,
+    input_bias: Tensor | None,
     groups: int,
     weighted: bool,
     activate: bool,
@@ -221,7 +223,8 @@ def norm_forward(
         u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
         skip: [B, C_s, H, W] or None.
         masks: [B, K, H, W] or None.
-        weight, bias: [C]; scale, shift: [B*K, C], both or neither.
+        affine: weight, bias [C]; scale, shift [B*K, C], both or neither.
+        input_bias: [C], added to u; None with a skip.
         groups: number of groups; divides C.
         weighted: weight the moments by masks + ``floor``.
         activate: apply the SiLU.
@@ -231,15 +234,15 @@ def norm_forward(
         [B*K, C, H, W] channels last, in the dtype of u, and the moments [2 or 3, B*K, groups]: mean, 1/std and, if
         ``weighted``, the sum of the weights.
     """
-    x = Branches(u, skip, masks)
-    affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
+    x = Branches(u, skip, masks, input_bias)
+    affine = tuple(contiguous(v) for v in affine)
     stats = statistics(x, affine, groups, weighted, eps, floor)
     out = empty_features(x.rows, x.channels, x.u)
     block_p, block_c = x.tile()
     blocks_u = tiles.ceil_div(x.channels_u, block_c)
     blocks_c = blocks_u + tiles.ceil_div(x.channels_s, block_c)
     blocks_p = tiles.ceil_div(x.pixels, block_p)
-    tensors = (x.u, x.skip, x.skip_masks, stats.slope, stats.offset, out)
+    tensors = (x.u, x.skip, x.skip_masks, x.input_bias, stats.slope, stats.offset, out)
     sizes = (x.pixels, x.channels_u, x.channels_s, blocks_u, blocks_c, blocks_p)
     constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate, "BLOCK_P": block_p, "BLOCK_C": block_c}
     launch(branch_pass_kernel, x.batch * blocks_p * blocks_c, *tensors, *sizes, **constants, warps=4)
@@ -253,38 +256,49 @@ def norm_forward(
 def sum_half(
     grad,  # tiles of grad and x start at their row and half, mask at its branch
     x,
-    mask,
-    slope,  # [channels of the half], as offset
+    mask,  # z = mask * x or, with a bias, z = x + bias and w = mask + floor, or 1 without a mask
+    floor,
+    bias,  # [channels of the half], added to x, or None
+    slope,  # as bias, and so is offset
     offset,
-    partial,  # sums of d_pre, and `channels` further those of d_pre * z
+    partial,  # sums, each `channels` further: of d_pre, of d_pre * z and, with a bias, of w * z
     bounds,  # first pixel, the one after the last, and their number in the image
-    c,
-    width,
-    channels,
+    columns,  # of the block, their number in the half, and that in both halves
     strides,  # of grad, from pixel to pixel and channel to channel
     ACTIVATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Sum a block of channels of one half."""
+    c, width, channels = columns
     column = c < width
     a = load(slope + c, column)
     b = load(offset + c, column)
     plain = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     times = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    values = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in tl.range(bounds[0], bounds[1], BLOCK_P):
         p = span(p0, BLOCK_P)
         inside = (p < bounds[2])[:, None] & column[None, :]
-        z = load(x + p[:, None] * width + c[None, :], inside)
+        z = load_biased(x + p[:, None] * width + c[None, :], bias, c, width, inside)
+        w = tl.full([BLOCK_P], 1.0, tl.float32)
         if mask is not None:
-            z = z * load(mask + p, p < bounds[2])[:, None]
+            m = load(mask + p, p < bounds[2])
+            if bias is None:
+                z = z * m[:, None]
+            else:
+                w = m + floor
         d = load(grad + p[:, None] * strides[0] + c[None, :] * strides[1], inside)
         if ACTIVATE:
             d = d * silu_slope(a[None, :] * z + b[None, :])
         plain += d
         times += d * z
+        if bias is not None:
+            values += z * w[:, None]
     tl.store(partial + c, tl.sum(plain, 0), mask=column)
     tl.store(partial + channels + c, tl.sum(times, 0), mask=column)
+    if bias is not None:
+        tl.store(partial + 2 * channels + c, tl.sum(values, 0), mask=column)
 
 
 @kernel
@@ -293,6 +307,7 @@ def sums_kernel(
     u,
     skip,
     masks,
+    bias,
     slope,
     offset,
     partial,
@@ -307,6 +322,7 @@ def sums_kernel(
     blocks_c,
     chunk,
     chunks,
+    floor,
     SHARED: tl.constexpr,
     ACTIVATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -325,40 +341,25 @@ def sums_kernel(
     grad += row * stride_n
     slope += row * channels
     offset += row * channels
-    partial += (row * chunks + chunk_index) * 2 * channels
+    partial += (row * chunks + chunk_index) * (2 if bias is None else 3) * channels
     bounds = (begin, end, pixels)
     strides = (stride_p, stride_c)
     if block < blocks_u:
         c = span(block * BLOCK_C, BLOCK_C)
         u += (image if SHARED else row) * pixels * channels_u
-        sum_half(
-            grad, u, None, slope, offset, partial, bounds, c, channels_u, channels, strides, ACTIVATE, BLOCK_P, BLOCK_C
-        )
-    else:
-        if skip is not None:
-            c = span((block - blocks_u) * BLOCK_C, BLOCK_C)
-            skip += image * pixels * channels_s
-            grad += channels_u * stride_c
-            slope += channels_u
-            offset += channels_u
-            partial += channels_u
-            m = None if masks is None else masks + row * pixels
-            sum_half(
-                grad,
-                skip,
-                m,
-                slope,
-                offset,
-                partial,
-                bounds,
-                c,
-                channels_s,
-                channels,
-                strides,
-                ACTIVATE,
-                BLOCK_P,
-                BLOCK_C,
-            )
+        w = None if bias is None or masks is None else masks + row * pixels
+        at_u = (c, channels_u, channels)
+        sum_half(grad, u, w, floor, bias, slope, offset, partial, bounds, at_u, strides, ACTIVATE, BLOCK_P, BLOCK_C)
+    elif skip is not None:
+        c = span((block - blocks_u) * BLOCK_C, BLOCK_C)
+        skip += image * pixels * channels_s
+        grad += channels_u * stride_c
+        slope += channels_u
+        offset += channels_u
+        partial += channels_u
+        m = None if masks is None else masks + row * pixels
+        at_s = (c, channels_s, channels)
+        sum_half(grad, skip, m, floor, None, slope, offset, partial, bounds, at_s, strides, ACTIVATE, BLOCK_P, BLOCK_C)
 
 
 def norm_backward(
@@ -367,34 +368,33 @@ def norm_backward(
     u: Tensor,
     skip: Tensor | None,
     masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    affine: Affine,
+    input_bias: Tensor | None,
     activate: bool,
     eps: float,
     floor: float,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of :func:`norm_forward` for u, skip, masks (fp32), weight, bias, scale and shift.
+    """Compute the gradients of :func:`norm_forward` for u, skip, masks (fp32), those of ``affine`` and input_bias.
 
     ``grad`` is [B*K, C, H, W] with any strides, ``moments`` is what :func:`norm_forward` returned; the other arguments
     are those of :func:`norm_forward`. The gradient of an argument that is None is None.
     """
-    x = Branches(u, skip, masks)
-    affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
-    groups = moments.shape[2]
-    stats = statistics(x, affine, groups, len(moments) == 3, eps, floor, moments)
+    x = Branches(u, skip, masks, input_bias)
+    affine = tuple(contiguous(v) for v in affine)
+    groups, weighted = moments.shape[2], len(moments) == 3
+    stats = statistics(x, affine, groups, weighted, eps, floor, moments)
     grad, *strides = pixel_strides(grad)
     block_p, block_c = x.tile(1024)
     blocks_u = tiles.ceil_div(x.channels_u, block_c)
     blocks_c = blocks_u + tiles.ceil_div(x.channels_s, block_c)
     chunk = tiles.pixels_per_program(x.pixels, block_p, x.rows * blocks_c)
     chunks = tiles.ceil_div(x.pixels, chunk)
-    partial = scratch(x.rows, chunks, 2, x.channels, like=u)
-    tensors = (grad, x.u, x.skip, x.skip_masks, stats.slope, stats.offset, partial)
-    sizes = (x.pixels, x.channels_u, x.channels_s, *strides, x.regions, blocks_u, blocks_c, chunk, chunks)
+    partial = scratch(x.rows, chunks, 2 if input_bias is None else 3, x.channels, like=u)
+    masks = x.skip_masks if input_bias is None or not weighted else x.masks
+    tensors = (grad, x.u, x.skip, masks, x.input_bias, stats.slope, stats.offset, partial)
+    sizes = (x.pixels, x.channels_u, x.channels_s, *strides, x.regions, blocks_u, blocks_c, chunk, chunks, floor)
     constants = {"SHARED": x.shared, "ACTIVATE": activate, "BLOCK_P": block_p, "BLOCK_C": block_c}
     launch(sums_kernel, x.rows * blocks_c * chunks, *tensors, *sizes, **constants, warps=4)
-    sums = gradient_sums(partial, x.pixels, affine, groups, eps, stats)
+    sums = gradient_sums(partial, x.pixels, affine, input_bias, groups, eps, stats)
     found = feature_gradients(grad, x, stats, sums, activate=activate, at_skip=x.channels_u, floor=floor)
     return *found, *sums.affine

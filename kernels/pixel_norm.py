@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from factorkit.kernels import tiles
-from factorkit.kernels.affine import gradient_sums, modulation
+from factorkit.kernels.affine import Affine, gradient_sums, modulation
 from factorkit.kernels.branches import Branches
 from factorkit.kernels.tiles import (
     contiguous,
@@ -17,6 +17,7 @@ from factorkit.kernels.tiles import (
     kernel,
     launch,
     load,
+    load_biased,
     pixel_strides,
     scratch,
     sigmoid,
@@ -46,6 +47,7 @@ def pixel_forward_kernel(
     bias,
     scale,
     shift,
+    input_bias,
     out,
     pixels,
     channels_u,
@@ -76,7 +78,8 @@ def pixel_forward_kernel(
     for k in tl.static_range(K):
         row = image * K + k
         if not SHARED:
-            value = load(u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
+            value = u + (row * pixels + p)[:, None] * channels_u + c_u[None, :]
+            value = load_biased(value, input_bias, c_u, channels_u, in_u)
             square_u = tl.sum(value * value, 1)
         square = square_u
         if skip is not None:
@@ -112,10 +115,8 @@ def pixel_forward(
     u: Tensor,
     skip: Tensor | None,
     masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    affine: Affine,
+    input_bias: Tensor | None,
     activate: bool,
     eps: float,
 ) -> Tensor:
@@ -123,12 +124,12 @@ def pixel_forward(
 
     Arguments as for :func:`factorkit.kernels.group_norm.norm_forward`.
     """
-    x = Branches(u, skip, masks)
-    affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
+    x = Branches(u, skip, masks, input_bias)
+    affine = tuple(contiguous(v) for v in affine)
     out = empty_features(x.rows, x.channels, x.u)
     block_p, block_u, block_s, warps = tiles.whole_pixel_tile(x.pixels, x.channels_u, x.channels_s, 512)
     blocks_p = tiles.ceil_div(x.pixels, block_p)
-    tensors = (x.u, x.skip, x.skip_masks, *affine, out)
+    tensors = (x.u, x.skip, x.skip_masks, *affine, x.input_bias, out)
     sizes = (x.pixels, x.channels_u, x.channels_s, blocks_p, eps)
     constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate}
     blocks = {"BLOCK_P": block_p, "BLOCK_U": block_u, "BLOCK_S": block_s}
@@ -173,6 +174,7 @@ def pixel_backward_kernel(
     bias,
     scale,
     shift,
+    input_bias,
     d_u,
     d_skip,
     d_masks,
@@ -199,10 +201,12 @@ def pixel_backward_kernel(
     c_u, c_s = span(0, BLOCK_U), span(0, BLOCK_S)
     column_u, column_s = c_u < channels_u, c_s < channels_s
     channels = channels_u + channels_s
-    # With one branch a program's sums over pixels stay in registers; with more, each block writes its own.
+    # With one branch a program's sums over pixels stay in registers; with more, each block writes its own. An input
+    # bias comes without a skip, and so with one branch.
     carry: tl.constexpr = K == 1
     plain_u = tl.zeros([BLOCK_U], tl.float32)
     times_u = tl.zeros([BLOCK_U], tl.float32)
+    on_u = tl.zeros([BLOCK_U], tl.float32)
     plain_s = tl.zeros([BLOCK_S], tl.float32)
     times_s = tl.zeros([BLOCK_S], tl.float32)
     for p0 in tl.range(part * chunk, tl.minimum(part * chunk + chunk, pixels), BLOCK_P):
@@ -220,7 +224,8 @@ def pixel_backward_kernel(
         for k in range(K):
             row = image * K + k
             if not SHARED:
-                value = load(u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
+                value = u + (row * pixels + p)[:, None] * channels_u + c_u[None, :]
+                value = load_biased(value, input_bias, c_u, channels_u, in_u)
                 square_u = tl.sum(value * value, 1)
             square = square_u
             if skip is not None:
@@ -285,6 +290,8 @@ def pixel_backward_kernel(
             if carry:
                 plain_u += pu
                 times_u += tu
+                if input_bias is not None:
+                    on_u += tl.sum(dz, 0)
                 if skip is not None:
                     plain_s += ps
                     times_s += ts
@@ -300,9 +307,11 @@ def pixel_backward_kernel(
         if skip is not None:
             tl.store(d_skip + (image * pixels + p)[:, None] * channels_s + c_s[None, :], total_s, mask=in_s)
     if carry:
-        at = partial + (image * chunks + part) * 2 * channels
+        at = partial + (image * chunks + part) * (2 if input_bias is None else 3) * channels
         tl.store(at + c_u, plain_u, mask=column_u)
         tl.store(at + channels + c_u, times_u, mask=column_u)
+        if input_bias is not None:
+            tl.store(at + 2 * channels + c_u, on_u, mask=column_u)
         if skip is not None:
             tl.store(at + channels_u + c_s, plain_s, mask=column_s)
             tl.store(at + channels + channels_u + c_s, times_s, mask=column_s)
@@ -313,16 +322,14 @@ def pixel_backward(
     u: Tensor,
     skip: Tensor | None,
     masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    affine: Affine,
+    input_bias: Tensor | None,
     activate: bool,
     eps: float,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of :func:`pixel_forward`, as :func:`factorkit.kernels.group_norm.norm_backward` does."""
-    x = Branches(u, skip, masks)
-    affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
+    x = Branches(u, skip, masks, input_bias)
+    affine = tuple(contiguous(v) for v in affine)
     grad, *strides = pixel_strides(grad)
     d_u = torch.empty_like(x.u)
     d_skip = None if skip is None else torch.empty_like(x.skip)
@@ -332,11 +339,11 @@ def pixel_backward(
     block_p, block_u, block_s, warps = tiles.whole_pixel_tile(x.pixels, x.channels_u, x.channels_s, elements, min_warps)
     chunk = tiles.pixels_per_program(x.pixels, block_p, x.batch) if x.regions == 1 else block_p
     chunks = tiles.ceil_div(x.pixels, chunk)
-    partial = scratch(x.rows, chunks, 2, x.channels, like=u)
-    tensors = (grad, x.u, x.skip, x.skip_masks, *affine, d_u, d_skip, d_masks, partial)
+    partial = scratch(x.rows, chunks, 2 if input_bias is None else 3, x.channels, like=u)
+    tensors = (grad, x.u, x.skip, x.skip_masks, *affine, x.input_bias, d_u, d_skip, d_masks, partial)
     sizes = (x.pixels, x.channels_u, x.channels_s, *strides, chunk, chunks, eps)
     constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate}
     blocks = {"BLOCK_P": block_p, "BLOCK_U": block_u, "BLOCK_S": block_s}
     launch(pixel_backward_kernel, x.batch * chunks, *tensors, *sizes, **constants, **blocks, warps=warps)
-    sums = gradient_sums(partial, x.pixels, affine, 1, eps, None)
+    sums = gradient_sums(partial, x.pixels, affine, input_bias, 1, eps, None)
     return d_u, d_skip, d_masks, *sums.affine

@@ -51,6 +51,15 @@ def load(pointer, inside):
 
 
 @triton.jit
+def load_biased(x, bias, c, width, inside):
+    """Load a tile of channels c < width plus their bias, if any; zero outside."""
+    value = load(x, inside)
+    if bias is not None:
+        value = tl.where(inside, value + load(bias + c, c < width)[None, :], 0.0)
+    return value
+
+
+@triton.jit
 def span(start, size: tl.constexpr):
     """Return start ... start+size-1 as 64-bit numbers, so that no product with a stride overflows."""
     return start + tl.arange(0, size).to(tl.int64)

@@ -82,10 +82,20 @@ class Norm(nn.Module):
         *,
         masks: Tensor | None = None,
         activate: bool = True,
+        input_bias: Tensor | None = None,
     ) -> Tensor:
-        """Compute norm(x) * (1 + scale) + shift, then SiLU if ``activate``."""
+        """Compute norm(x + input_bias) * (1 + scale) + shift, then SiLU if ``activate``."""
         return ops.group_norm_silu(
-            x, self.weight, self.bias, scale, shift, groups=self.groups, norm=self.kind, masks=masks, activate=activate
+            x,
+            self.weight,
+            self.bias,
+            scale,
+            shift,
+            groups=self.groups,
+            norm=self.kind,
+            masks=masks,
+            activate=activate,
+            input_bias=input_bias,
         )
 
     def forward_skip(self, u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
@@ -135,11 +145,13 @@ class ResBlock(nn.Module):
         """U [B or B*K, C, H, W], embedding [rows of the output, E], skip [B, C_s, H, W], masks [B, K, H, W]."""
         h = self.norm1(u, masks=masks) if skip is None else self.norm1.forward_skip(u, skip, masks)
         scale, shift = self.modulation(F.silu(embedding)).chunk(2, dim=1)
-        h = self.dropout(self.norm2(self.conv1(h), scale, shift, masks=masks))
+        separate = bias_is_separate(u)
+        h = F.conv2d(h, self.conv1.weight, padding=1) if separate else self.conv1(h)
+        h = self.dropout(self.norm2(h, scale, shift, masks=masks, input_bias=self.conv1.bias if separate else None))
         if skip is None:
             return self.shortcut(u) + self.conv2(h)
         weight, bias = cast(nn.Conv2d, self.shortcut).weight, cast(Tensor, self.shortcut.bias)
-        if not bias_is_separate(u):
+        if not separate:
             return ops.masked_skip_projection(u, skip, masks, weight, bias) + self.conv2(h)
         residual = F.conv2d(h, self.conv2.weight, padding=1)
         return ops.masked_skip_projection(u, skip, masks, weight, bias + cast(Tensor, self.conv2.bias), residual)

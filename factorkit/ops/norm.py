@@ -4,7 +4,8 @@
     y = SiLU(a * (z - mean) / std + b),  a = weight * (1 + scale),  b = bias * (1 + scale) + shift
 
 ``"group"`` is GroupNorm (Wu & He 2018). ``"masked_group"`` weights its moments by m_k / sum(m_k) instead of 1 / (H*W),
-independent of the region's area. ``"pixel"`` divides by the root mean square over channels at each pixel.
+independent of the region's area. ``"pixel"`` divides by the root mean square over channels at each pixel. An input bias
+is added to u first, without a pass of its own on CUDA; it comes without a skip.
 Shapes are those of :mod:`factorkit.ops.skip`.
 """
 
@@ -50,6 +51,7 @@ def norm_silu(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    input_bias: Tensor | None,
     groups: int,
     norm: str,
     activate: bool = True,
@@ -58,6 +60,8 @@ def norm_silu(
     x = u if skip is None else concatenate_masked_skip(u, skip, masks)
     n, c = x.shape[:2]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
+    if input_bias is not None:
+        values = values + input_bias.to(values.dtype)[:, None, None]
     if norm == "pixel":
         normal = values * torch.rsqrt(values.square().mean(1, keepdim=True) + PIXEL_EPS)
     else:
@@ -86,8 +90,9 @@ def group_norm_silu(
     norm: str = "group",
     masks: Tensor | None = None,
     activate: bool = True,
+    input_bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute SiLU(norm(x) * (1 + scale) + shift).
+    """Compute SiLU(norm(x + input_bias) * (1 + scale) + shift).
 
     Args:
         x: [N, C, H, W], any float dtype. Statistics are fp32 (fp64 for fp64).
@@ -97,6 +102,7 @@ def group_norm_silu(
         norm: ``"group"``, ``"masked_group"`` or ``"pixel"`` (see :mod:`factorkit.ops.norm`).
         masks: [B, K, H, W] with B*K = N, used by ``"masked_group"`` only; gradients flow into it.
         activate: False omits the SiLU.
+        input_bias: [C], the bias of the convolution whose output without it is x; None adds nothing.
 
     Returns:
         [N, C, H, W] in the dtype and layout of x.
@@ -106,7 +112,7 @@ def group_norm_silu(
     """
     _check(x, weight, groups, norm, masks, x.shape[0])
     masks = masks if norm == "masked_group" else None
-    return _run(x, None, masks, weight, bias, scale, shift, groups, norm, activate)
+    return _run(x, None, masks, weight, bias, scale, shift, input_bias, groups, norm, activate)
 
 
 def masked_skip_norm_silu(
@@ -131,7 +137,7 @@ def masked_skip_norm_silu(
         ValueError: shapes that do not fit, an unknown norm, groups that do not divide C_u + C_s.
     """
     _check(u, weight, groups, norm, masks, count_branches(u, masks))
-    return _run(u, skip, masks, weight, bias, scale, shift, groups, norm, True)
+    return _run(u, skip, masks, weight, bias, scale, shift, None, groups, norm, True)
 
 
 def _run(u: Tensor, *rest: Any) -> Tensor:
@@ -157,16 +163,16 @@ def _check(x: Tensor, weight: Tensor, groups: int, norm: str, masks: Tensor | No
 # --- PyTorch implementation ---
 
 ARGUMENTS = (
-    "Tensor u, Tensor? skip, Tensor? masks, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, "
-    "str norm, bool activate"
+    "Tensor u, Tensor? skip, Tensor? masks, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
+    "Tensor? input_bias, int groups, str norm, bool activate"
 )
 
 
 def _forward(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Return the output and the moments, in the shape of :func:`factorkit.ops.norm_pytorch.shape_of_moments`."""
-    *affine, groups, norm, activate = rest
+    *affine, input_bias, groups, norm, activate = rest
     z = u if skip is None else concatenate_masked_skip(u, skip, masks)
-    values = widen(z)
+    values = widen(z, input_bias)
     moments = compute_moments(values, masks if norm == "masked_group" else None, groups, norm)
     pre = normalise(values, tuple(affine), moments)[0]
     out = F.silu(pre, inplace=True) if activate else pre
@@ -187,12 +193,14 @@ def _fake(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> t
 def _backward(
     grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    """Return the gradients of those of u, skip, masks, weight, bias, scale and shift that are not None."""
+    """Return the gradients of those tensors of ``ARGUMENTS`` that are not None, in their order."""
     # The concatenation is computed again rather than stored: it is K times the skip, the decoder's largest tensor.
-    *affine, _, norm, activate = rest
+    *affine, input_bias, _, norm, activate = rest
     z = u if skip is None else concatenate_masked_skip(u, skip, masks)
     weights = masks if norm == "masked_group" else None
-    d_z, d_weights, d_affine = norm_gradients(grad, widen(z), tuple(affine), weights, moments, activate)
+    d_z, d_weights, d_affine = norm_gradients(grad, widen(z, input_bias), tuple(affine), weights, moments, activate)
+    if input_bias is not None:
+        d_affine.append(d_z.sum((0, 2)).to(input_bias.dtype))
     d_z = d_z.reshape(z.shape)
     if skip is None:
         features = [with_layout_of(d_z.to(u.dtype), u), *([] if d_weights is None else [d_weights])]
@@ -216,7 +224,7 @@ class _Problem:
     """The tensors of one call, contiguous, and their addresses and sizes as csrc/norm.h takes them."""
 
     def __init__(self, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any):
-        *affine, groups, norm, activate = rest
+        *affine, _, groups, norm, activate = rest
         self.u, self.skip = (None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (u, skip))
         self.masks, *self.affine = (None if x is None else x.float().contiguous() for x in (masks, *affine))
         self.rows = u.shape[0] if masks is None else masks.shape[0] * masks.shape[1]
@@ -234,13 +242,15 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _cpp_takes(u: Tensor, skip: Tensor | None) -> bool:
+def _cpp_takes(u: Tensor, skip: Tensor | None, input_bias: Tensor | None) -> bool:
+    if input_bias is not None:  # oneDNN adds it within the convolution
+        return False
     one_dtype = u.dtype in (torch.float32, torch.bfloat16) and (skip is None or skip.dtype == u.dtype)
     return one_dtype and dense_format(u) == torch.channels_last and u.numel() > 0 and has_extension("cpu")
 
 
 def _forward_cpp(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor] | None:
-    if not _cpp_takes(u, skip):
+    if not _cpp_takes(u, skip, rest[4]):
         return None
     problem = _Problem(u, skip, masks, *rest)
     shape = (problem.rows, problem.channels, *u.shape[2:])
@@ -253,7 +263,7 @@ def _forward_cpp(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: An
 def _backward_cpp(
     grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
 ) -> list[Tensor] | None:
-    if not _cpp_takes(u, skip):
+    if not _cpp_takes(u, skip, rest[4]):
         return None
     problem = _Problem(u, skip, masks, *rest)
     grad = grad.to(u.dtype).contiguous(memory_format=torch.channels_last)
@@ -271,25 +281,24 @@ def _backward_cpp(
 
 
 def _forward_triton(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *affine, groups, norm, activate = rest
+    *affine, input_bias, groups, norm, activate = rest
     if norm == "pixel":
-        out = kernels.pixel_norm.pixel_forward(u, skip, masks, *affine, activate, PIXEL_EPS)
+        out = kernels.pixel_norm.pixel_forward(u, skip, masks, affine, input_bias, activate, PIXEL_EPS)
         return with_layout_of(out, u), out.new_empty(shape_of_moments(len(out), groups, norm), dtype=torch.float32)
     settings = (groups, norm == "masked_group", activate, EPS[norm], MASK_FLOOR)
-    out, moments = kernels.group_norm.norm_forward(u, skip, masks, *affine, *settings)
+    out, moments = kernels.group_norm.norm_forward(u, skip, masks, affine, input_bias, *settings)
     return with_layout_of(out, u), moments
 
 
 def _backward_triton(
     grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    *affine, _, norm, activate = rest
+    *affine, input_bias, _, norm, activate = rest
     if norm == "pixel":
-        gradients = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, *affine, activate, PIXEL_EPS)
+        gradients = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, affine, input_bias, activate, PIXEL_EPS)
     else:
-        gradients = kernels.group_norm.norm_backward(
-            grad, moments, u, skip, masks, *affine, activate, EPS[norm], MASK_FLOOR
-        )
+        settings = (input_bias, activate, EPS[norm], MASK_FLOOR)
+        gradients = kernels.group_norm.norm_backward(grad, moments, u, skip, masks, affine, *settings)
     d_u, d_skip, d_masks, *d_affine = gradients
     d_skip = None if skip is None else with_layout_of(d_skip, skip)
     d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)

@@ -22,9 +22,10 @@ def shape_of_moments(rows: int, groups: int, norm: str) -> tuple[int, int, int]:
     return {"group": 2, "masked_group": 3, "pixel": 0}[norm], rows, groups
 
 
-def widen(x: Tensor) -> Tensor:
-    """Return x [N, C, H, W] as [N, C, H*W], at least fp32."""
-    return x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+def widen(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x [N, C, H, W] plus bias [C] as [N, C, H*W], at least fp32."""
+    values = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+    return values if bias is None else values + bias.to(values.dtype)[:, None]
 
 
 @full_precision

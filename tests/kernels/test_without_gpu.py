@@ -40,7 +40,7 @@ with warnings.catch_warnings(record=True) as heard:
     dispatch.run_triton_kernels_on("cpu")  # as on a GPU without Triton
     for _ in range(2):
         y = ops.group_norm_silu(x, w, w, groups=2)
-torch.testing.assert_close(y, ops.reference.norm_silu(x, None, None, w, w, None, None, 2, "group"))
+torch.testing.assert_close(y, ops.reference.norm_silu(x, None, None, w, w, None, None, None, 2, "group"))
 (warning,) = [str(h.message) for h in heard]
 assert "pip install" in warning and "slower" in warning, warning
 """

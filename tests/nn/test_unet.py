@@ -110,6 +110,28 @@ def test_res_block_with_biases_added_once_equals_separate_additions(masked, monk
     torch.testing.assert_close(run(), separate)
 
 
+@pytest.mark.parametrize("norm", ["group", "masked_group", "pixel"])
+def test_unet_with_biases_in_norms_and_sums_equals_separate_additions(norm, monkeypatch):
+    encoder = randomize_weights(Encoder(2, 4, (1, 2), 1, (2,), 4, 16, num_heads=2, norm_groups=2))
+    middle = randomize_weights(Middle(8, 16, num_heads=2, norm_groups=2))
+    decoder = Decoder(8, encoder.skip_channels, 4, (1, 2), 1, (2,), 4, 16, 3, num_heads=2, norm_groups=2, norm=norm)
+    parts = torch.nn.ModuleList([encoder, middle, randomize_weights(decoder)])
+    x, embedding, upstream = rand(2, 2, 4, 4), rand(2, 16), rand(6, 3, 4, 4)
+    pyramid = [rand(2, 3, size, size).softmax(1) for size in (4, 2)]
+
+    def run():
+        skips = encoder(x, embedding)
+        rows = embedding.repeat_interleave(3, 0)
+        out = decoder(middle(skips[-1], embedding), skips, rows, pyramid)
+        return out, *torch.autograd.grad(out, list(parts.parameters()), upstream)
+
+    separate = run()
+    monkeypatch.setattr(unet, "bias_is_separate", lambda x: True)
+    for block in (m for m in parts.modules() if isinstance(m, ResBlock)):
+        monkeypatch.setattr(block.conv1, "forward", None)  # nobody adds its bias
+    torch.testing.assert_close(run(), separate)
+
+
 def test_res_block_dropout_precedes_the_second_convolution():
     block = randomize_weights(ResBlock(8, 8, 16, norm_groups=2, dropout=0.999999)).train()
     u, embedding = rand(2, 8, 4, 4), rand(2, 16)

@@ -65,7 +65,7 @@ def test_norm_equals_its_definition(norm, modulated, activate):
     affine = (weight, bias, scale, shift)
     with torch.no_grad():
         expected = norm_by_loops(x, *affine, masks, groups, norm, activate)
-        torch.testing.assert_close(reference.norm_silu(x, None, masks, *affine, groups, norm, activate), expected)
+        torch.testing.assert_close(reference.norm_silu(x, None, masks, *affine, None, groups, norm, activate), expected)
         got = ops.group_norm_silu(
             x, weight, bias, scale, shift, groups=groups, norm=norm, masks=masks, activate=activate
         )
@@ -88,16 +88,19 @@ def compare_gradients(run, plain, inputs):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("input_bias", [None, rand(6)], ids=["plain", "input bias"])
 @pytest.mark.parametrize("modulated", [True, False])
-def test_norm_gradient_matches_reference(norm, modulated):
+def test_norm_gradient_matches_reference(norm, modulated, input_bias):
     torch.manual_seed(1)
     x, weight, bias = rand(4, 6, 3, 5), rand(6), rand(6)
     masks = soft_masks(2, 2, 3, 5) if norm == "masked_group" else None
     scale, shift = (rand(4, 6), rand(4, 6)) if modulated else (None, None)
     compare_gradients(
-        lambda: ops.group_norm_silu(x, weight, bias, scale, shift, groups=3, norm=norm, masks=masks),
-        lambda: reference.norm_silu(x, None, masks, weight, bias, scale, shift, 3, norm),
-        [x, weight, bias, scale, shift, masks],
+        lambda: ops.group_norm_silu(
+            x, weight, bias, scale, shift, groups=3, norm=norm, masks=masks, input_bias=input_bias
+        ),
+        lambda: reference.norm_silu(x, None, masks, weight, bias, scale, shift, input_bias, 3, norm),
+        [x, weight, bias, scale, shift, masks, input_bias],
     )
 
 
@@ -118,7 +121,7 @@ def test_masked_skip_norm_matches_reference(shared, norm):
     torch.testing.assert_close(reference.concatenate_masked_skip(u, skip, masks), z)
     with torch.no_grad():
         torch.testing.assert_close(run(), norm_by_loops(z, weight, bias, scale, shift, masks, 2, norm, True))
-    plain = lambda: reference.norm_silu(u, skip, masks, weight, bias, scale, shift, 2, norm)  # noqa: E731
+    plain = lambda: reference.norm_silu(u, skip, masks, weight, bias, scale, shift, None, 2, norm)  # noqa: E731
     compare_gradients(run, plain, [u, skip, masks, weight, bias, scale, shift])
 
 
@@ -221,10 +224,12 @@ def cases():
     o = torch.ops.factorkit
     for norm in NORMS:
         m = masks if norm == "masked_group" else None
-        yield f"norm-{norm}", o.norm_silu, (rand(4, 6, 3, 2), None, m, weight, bias, scale, shift, 2, norm, True)
-        yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, scale, shift, 2, norm, True)
-    yield "norm-plain", o.norm_silu, (rand(1, 6, 3, 2), None, None, weight, bias, None, None, 2, "group", False)
-    yield "skip-plain", o.norm_silu, (u, skip, None, weight, bias, None, None, 2, "group", True)
+        x, tail = rand(4, 6, 3, 2), (2, norm, True)
+        yield f"norm-{norm}", o.norm_silu, (x, None, m, weight, bias, scale, shift, None, *tail)
+        yield f"input-bias-{norm}", o.norm_silu, (x, None, m, weight, bias, scale, shift, rand(6), *tail)
+        yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, scale, shift, None, 2, norm, True)
+    yield "norm-plain", o.norm_silu, (rand(1, 6, 3, 2), None, None, weight, bias, None, None, None, 2, "group", False)
+    yield "skip-plain", o.norm_silu, (u, skip, None, weight, bias, None, None, None, 2, "group", True)
     yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks, rand(4), rand(4, 4, 3, 2))
     yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
     yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
@@ -299,9 +304,9 @@ def test_compiled_norm_matches_reference(dtype, norm, shared, masked, monkeypatc
     inputs[:2] = [x.to(memory_format=torch.channels_last) for x in inputs[:2]]
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-    assert norm_ops._forward_cpp(*inputs, 4, norm, True) is not None
-    got = torch.ops.factorkit.norm_silu(*inputs, 4, norm, True)[0]
-    want = reference.norm_silu(*exact, 4, norm)
+    assert norm_ops._forward_cpp(*inputs, None, 4, norm, True) is not None
+    got = torch.ops.factorkit.norm_silu(*inputs, None, 4, norm, True)[0]
+    want = reference.norm_silu(*exact, None, 4, norm)
     loose = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-5}
     torch.testing.assert_close(got.double(), want, **loose)
     for grad in (torch.randn_like(want), torch.randn(rows, 1, 1, 1, dtype=torch.float64).expand_as(want)):
@@ -313,9 +318,25 @@ def test_compiled_norm_matches_reference(dtype, norm, shared, masked, monkeypatc
             assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5), error
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_input_bias_of_tensors_that_the_compiled_norm_takes_is_added(norm):
+    x, bias = torch.randn(4, 6, 3, 5).to(memory_format=torch.channels_last), torch.randn(6, requires_grad=True)
+    weight, options = torch.randn(6), {"groups": 2, "norm": norm, "masks": soft_masks(2, 2, 3, 5).detach().float()}
+    runs = (
+        ops.group_norm_silu(x, weight, weight, input_bias=bias, **options),
+        ops.group_norm_silu(x + bias[:, None, None], weight, weight, **options),
+    )
+    torch.testing.assert_close(*runs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), bias) for out in runs), rtol=1e-4, atol=1e-4)
+
+
 def test_empty_batch_gives_empty_output():
     x, w = torch.zeros(0, 4, 3, 3), torch.ones(4)
     assert ops.group_norm_silu(x, w, w, groups=2).shape == (0, 4, 3, 3)
+    bias = torch.ones(4, requires_grad=True)
+    for norm in NORMS:
+        out = ops.group_norm_silu(x, w, w, groups=2, norm=norm, masks=torch.zeros(0, 2, 3, 3), input_bias=bias)
+        assert out.shape == (0, 4, 3, 3) and not torch.autograd.grad(out.sum(), bias)[0].any()
     w = torch.ones(8)
     assert ops.masked_skip_norm_silu(x, x, torch.zeros(0, 2, 3, 3), w, w, groups=2).shape == (0, 8, 3, 3)
 

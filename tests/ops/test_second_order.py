@@ -52,10 +52,11 @@ def intersect():
 
 
 def norm(kind):
-    def run(x, weight, bias, scale, shift, m):
-        return ops.group_norm_silu(x, weight, bias, scale, shift, groups=2, norm=kind, masks=m)
+    def run(x, weight, bias, scale, shift, m, input_bias):
+        options = {"groups": 2, "norm": kind, "masks": m, "input_bias": input_bias}
+        return ops.group_norm_silu(x, weight, bias, scale, shift, **options)
 
-    return run, (leaf(2, 4, 2, 2), leaf(4), leaf(4), leaf(2, 4), leaf(2, 4), masks(1, 2, 2, 2))
+    return run, (leaf(2, 4, 2, 2), leaf(4), leaf(4), leaf(2, 4), leaf(2, 4), masks(1, 2, 2, 2), leaf(4))
 
 
 def skip_norm():

@@ -20,8 +20,10 @@ def cases():
     o = torch.ops.factorkit
     for norm in ("group", "masked_group", "pixel"):
         m = masks if norm == "masked_group" else None
-        yield f"norm-{norm}", o.norm_silu, (rand(4, 6, 3, 2), None, m, weight, bias, scale, shift, 2, norm, True)
-        yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, None, None, 2, norm, True)
+        x, tail = rand(4, 6, 3, 2), (2, norm, True)
+        yield f"norm-{norm}", o.norm_silu, (x, None, m, weight, bias, scale, shift, None, *tail)
+        yield f"input-bias-{norm}", o.norm_silu, (x, None, m, weight, bias, scale, shift, rand(6), *tail)
+        yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, None, None, None, *tail)
     yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks, rand(4), rand(4, 4, 3, 2))
     yield "add-own", o.masked_skip_add, (rand(4, 4, 3, 2), skip, masks, None, None)
     yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
@@ -43,7 +45,7 @@ def test_opcheck(name, dtype):
 def test_unsupported_tensors_run_as_pytorch():
     x, w = torch.randn(2, 6, 3, 3, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
     assert not dispatch.triton_takes((x, w))
-    want = reference.norm_silu(x, None, None, w, w, None, None, 2, "group")
+    want = reference.norm_silu(x, None, None, w, w, None, None, None, 2, "group")
     torch.testing.assert_close(ops.group_norm_silu(x, w, w, groups=2), want)
     empty = torch.zeros(0, 6, 3, 3)
     assert ops.group_norm_silu(empty, torch.ones(6), torch.ones(6), groups=2).shape == empty.shape
@@ -62,7 +64,9 @@ def test_autocast_does_not_change_statistics_and_masks():
         y = ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=masks)
     assert_close(tokens, reference.region_pool(x[:2].double(), masks.double()))
     exact = [v.double() for v in (x, w, w)]
-    assert_close(y, reference.norm_silu(exact[0], None, masks.double(), *exact[1:], None, None, 2, "masked_group"))
+    assert_close(
+        y, reference.norm_silu(exact[0], None, masks.double(), *exact[1:], None, None, None, 2, "masked_group")
+    )
 
 
 COMMON = {"resolution": 4, "num_heads": 2, "norm_groups": 4, "dropout": 0.0}

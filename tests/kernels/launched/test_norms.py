@@ -36,7 +36,7 @@ def skip_inputs(batch, regions, c_u, c_s, height, width, *, shared, masked=True,
 def check_skip(inputs, groups, norm, **more):
     compare(
         lambda *x: ops.masked_skip_norm_silu(*x, groups=groups, norm=norm),
-        lambda *x: reference.norm_silu(*x, groups, norm),
+        lambda *x: reference.norm_silu(*x, None, groups, norm),
         inputs,
         size=1.0,  # where one pixel is the whole image, gradients cancel to nothing
         **more,
@@ -75,19 +75,41 @@ def test_skip_without_masks_matches_reference(norm):
 
 @pytest.mark.usefixtures("fill_memory_with_nan")
 @pytest.mark.parametrize("size", [(6, 6, 5, 7, 3), (6, 12, 1, 1, 3), (2, 130, 3, 11, 13)], ids=str)
+@pytest.mark.parametrize("input_bias", [True, False], ids=["input bias", "plain"])
 @pytest.mark.parametrize("activate", [True, False])
 @pytest.mark.parametrize("norm", NORMS)
-def test_norm_without_a_skip_matches_reference(norm, activate, size):
+def test_norm_without_a_skip_matches_reference(norm, activate, input_bias, size):
     rows, channels, height, width, groups = size
     masks = soft_masks(rows // 2, 2, height, width) if norm == "masked_group" else None
     inputs = {"x": rand(rows, channels, height, width), "weight": rand(channels), "bias": rand(channels)}
     inputs |= {"scale": rand(rows, channels), "shift": rand(rows, channels), "masks": masks}
+    inputs["input_bias"] = None
+    if input_bias:  # what is normalised stays the same: nearly equal numbers would only show their rounding
+        inputs["input_bias"] = rand(channels)
+        inputs["x"] -= inputs["input_bias"][:, None, None]
+    check_own(inputs, groups, norm, activate=activate)
+
+
+def check_own(inputs, groups, norm, activate=True, **more):
+    options = {"groups": groups, "norm": norm, "activate": activate}
     compare(
-        lambda *x: ops.group_norm_silu(*x[:5], groups=groups, norm=norm, masks=x[5], activate=activate),
-        lambda x, w, b, s, t, m: reference.norm_silu(x, None, m, w, b, s, t, groups, norm, activate),
+        lambda *x: ops.group_norm_silu(*x[:5], masks=x[5], input_bias=x[6], **options),
+        lambda x, w, b, s, t, m, extra: reference.norm_silu(x, None, m, w, b, s, t, extra, *options.values()),
         inputs,
         size=1.0,
+        **more,
     )
+
+
+@pytest.mark.usefixtures("fill_memory_with_nan")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_input_bias_of_half_precision_features_matches_reference(norm, dtype):
+    """Without a modulation, a bias in fp32 and in the dtype of the features, gradients with stride 0."""
+    for bias_dtype in (torch.float32, dtype):
+        inputs = {"x": rand(4, 24, 3, 5, dtype=dtype), "weight": rand(24), "bias": rand(24)}
+        inputs |= {"scale": None, "shift": None, "masks": soft_masks(2, 2, 3, 5) if norm == "masked_group" else None}
+        check_own(inputs | {"input_bias": rand(24, dtype=bias_dtype)}, 3, norm, make_grad=strided("expanded"))
 
 
 def strided(kind):

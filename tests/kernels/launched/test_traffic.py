@@ -83,10 +83,12 @@ def skip_norm(norm, shared, dtype=torch.bfloat16, regions=3):
     return ops.masked_skip_norm_silu(*inputs, groups=8, norm=norm), inputs
 
 
-def own_norm(norm):
+def own_norm(norm, input_bias):
     masks = soft_masks(2, 3, 4, 8) if norm == "masked_group" else None
-    x, affine = rand(6, 72, 4, 8, dtype=torch.bfloat16).requires_grad_(), [rand(72).requires_grad_() for _ in range(2)]
-    out = ops.group_norm_silu(x, *affine, groups=8, norm=norm, masks=masks)
+    x, affine = rand(6, 72, 4, 8, dtype=torch.bfloat16).requires_grad_(), [rand(72).requires_grad_() for _ in range(3)]
+    affine = affine if input_bias else affine[:2]
+    more = {"input_bias": affine[2]} if input_bias else {}
+    out = ops.group_norm_silu(x, *affine[:2], groups=8, norm=norm, masks=masks, **more)
     return out, [x, *affine]
 
 
@@ -105,7 +107,7 @@ def region_ops(name):
 
 CASES = {
     **{f"skip {n} {s}": (skip_norm, n, s) for n in ("group", "masked_group", "pixel") for s in (True, False)},
-    **{f"own {n}": (own_norm, n) for n in ("group", "masked_group", "pixel")},
+    **{f"own {n} {b}": (own_norm, n, b) for n in ("group", "masked_group", "pixel") for b in (False, True)},
     **{n: (region_ops, n) for n in ("add", "pyramid", "pool", "blend")},
 }
 
