@@ -14,7 +14,7 @@ from torch import Tensor
 from factorkit.segdiff.masks.smoothness import smooth_masks
 from factorkit.utils.rng import derived_seed
 
-SIDES = (32, 32, 32, 32, 32, 64)  # pixels of the square copies of the views, one a round; the borders come last
+SIDES = (*8 * (32,), 64)  # pixels of the square copies of the views, one a round; the borders come last
 WINDOW = 5  # pixels along a side of a pixel's surroundings
 OBJECT_COLORS, BACKGROUND_COLORS = 20, 6  # Gaussians of the mixtures
 FOLDS = 4  # of the views: a view's object is explained by the views of the other folds
@@ -23,6 +23,7 @@ FIT_ROUNDS = 6
 BATCH_SIZE = 8  # views at a time
 START_VARIANCE, PSEUDO_VARIANCE, PSEUDO_PIXELS, MIN_VARIANCE = 0.1, 0.05, 20, 0.02  # of colours of about [-1, 1]
 BORDER_WEIGHT = 2.0  # added to the weights of pixels on the image's border in the background: the object ends before it
+PLACE_WEIGHT = 0.5  # exponent of the place beside the colours, as in the first EM of the object masks
 MIN_SHARE = 0.03  # of object and background at a place
 MIN_PROBABILITY = 0.02  # of object and background at a pixel before neighbours agree
 
@@ -50,7 +51,7 @@ def cosegment(colors: Tensor, masks: Tensor) -> Tensor:
         parts = zip(pixels.split(BATCH_SIZE), outside.split(BATCH_SIZE), strict=True)
         own = [Mixture(x, weights, BACKGROUND_COLORS, generator).log_density(x) for x, weights in parts]
         evidence = explain_object(pixels, inside, generator) - torch.cat(own)
-        object_share = (evidence.view_as(share) + torch.logit(place)).sigmoid()
+        object_share = (evidence.view_as(share) + PLACE_WEIGHT * torch.logit(place)).sigmoid()
         object_share = object_share.clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
         share = smooth_masks(torch.cat([object_share, 1 - object_share], 1), small)[:, :1]
     return F.interpolate(share, size=colors.shape[2:], mode="bilinear", align_corners=False)[:, 0]
