@@ -24,18 +24,20 @@ from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views, resize_area
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.nerfdiff import train as nerfdiff
-from factorkit.nerfdiff.mask_checks import HELP, check_object_masks, shrink
+from factorkit.nerfdiff.mask_checks import COMPARED_SIDE, HELP, MIN_SHARED_COLORS, check_object_masks, shrink
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.verdict import MASK_FAILURES, log_alarms
 from factorkit.report.content import Record, judged_alarms, log_checks, read_checks
 from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.alarms import MEAN_MASK, OWN_MEAN
 from factorkit.segdiff.inference.cutout_region import choose_cutout_region
+from factorkit.segdiff.masks.cosegment import cosegment
+from factorkit.segdiff.masks.objects import resize, scale_lab
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils import distributed
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_log, save_image
-from factorkit.utils.images import images_to_pixels, unit_to_uint8
+from factorkit.utils.images import images_to_pixels, pixels_to_signed, unit_to_uint8
 
 SEGDIFF = "segdiff"  # the value of masks=
 #: The stages find the objects; the denoising that follows them does not change the masks.
@@ -206,8 +208,11 @@ def judge_masks(folder: Path) -> Record:
     """Return the "checks" and "failures" of the masks in the folder of a segdiff run, and of the model that made them.
 
     None is decisive for a scene. Agreement with the mean mask is left out: an object may look alike from all sides.
+    The model's own checks are left out where its masks were replaced.
     """
     log, made = read_log(folder), read_object(folder / RECORD)
+    if made.get("cosegmented"):
+        log = []
     model = [check for check in read_checks(log) if check.get("name") != MEAN_MASK]
     failures = [failure for failure in judged_alarms(log)[1] if not failure.endswith(OWN_MEAN)]
     checks = [check | {"decisive": False} for check in [*made["checks"], *model]]
@@ -289,16 +294,21 @@ def _write_masks(
         return f"{stored['note']} Made before."
     predict = run.predictor(None, "fast")
     region, reason = choose_cutout_region(run.config, "auto", run.scores, PillowSource(small), predict)
-    shares, compared = [], list[tuple[np.ndarray, np.ndarray]]()
-    for i, file in enumerate(tqdm(files, desc="object masks", disable=not progress, leave=False)):
-        pixels = images[i]()
-        share = run.segment(small[i] if is_still else pixels).masks[0][list(region)].sum(0)
-        inside = resize_area(share, *pixels.shape[:2]) > 0.5
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        mask = Image.fromarray(unit_to_uint8(inside))
-        save_image(mask, target / file)
-        compared.append(shrink(Image.fromarray(pixels), mask))
-        shares.append(float(inside.float().mean()))
+
+    def segment(i: int, pixels: np.ndarray) -> torch.Tensor:
+        return run.segment(small[i] if is_still else pixels).masks[0][list(region)].sum(0)
+
+    shares, compared = _save_masks(images, files, target, segment, progress)
+    checks = check_object_masks(*compared)
+    if is_shared := bool(checks[0].failures):
+        squares = [image.resize((COMPARED_SIDE, COMPARED_SIDE), Image.Resampling.BOX) for image in small]
+        places = [resize_area(torch.from_numpy(mask).float(), COMPARED_SIDE, COMPARED_SIDE) for mask in compared[1]]
+        colors = scale_lab(pixels_to_signed(torch.from_numpy(np.stack([np.asarray(image) for image in squares]))))
+        objects = cosegment(colors, torch.stack(places))
+        shares, compared = _save_masks(
+            images, files, target, lambda i, pixels: resize(objects[i, None, None], *pixels.shape[:2])[0, 0], progress
+        )
+        value, checks = checks[0].value, check_object_masks(*compared)
     low, high = OBJECT_SHARES
     odd = [file for file, share in zip(files, shares, strict=True) if not low <= share <= high]
     if len(odd) == len(files):
@@ -312,10 +322,37 @@ def _write_masks(
     )
     if is_still:
         note += " The background does not move in any view, and was painted in one colour before."
+    if is_shared:
+        note += (
+            f" The model's masks followed the background of their views (shared colours {value:.2f} < "
+            f"{MIN_SHARED_COLORS:g}), so the object was separated by the colours it has in the other views."
+        )
     if odd:
         note += f" Hardly an object in {format_count(len(odd), 'view')}: {format_examples(odd)}."
-    write_json(record, {"key": key, "note": note, **log_checks(check_object_masks(*zip(*compared, strict=True)))})
+    write_json(record, {"key": key, "note": note, "cosegmented": is_shared, **log_checks(checks)})
     return note
+
+
+def _save_masks(
+    images: Sequence[Callable[[], np.ndarray]],
+    files: Sequence[str],
+    target: Path,
+    segment: Callable[[int, np.ndarray], torch.Tensor],
+    progress: bool,
+) -> tuple[list[float], tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Write the mask of each view by ``segment(number, pixels)``; return the object's shares, small views and masks."""
+    shares, views, masks = list[float](), list[np.ndarray](), list[np.ndarray]()
+    for i, file in enumerate(tqdm(files, desc="object masks", disable=not progress, leave=False)):
+        pixels = images[i]()
+        inside = resize_area(segment(i, pixels), *pixels.shape[:2]) > 0.5
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        mask = Image.fromarray(unit_to_uint8(inside))
+        save_image(mask, target / file)
+        view, small = shrink(Image.fromarray(pixels), mask)
+        views.append(view)
+        masks.append(small)
+        shares.append(float(inside.float().mean()))
+    return shares, (views, masks)
 
 
 def _read_pixels(view: LazyView) -> np.ndarray:

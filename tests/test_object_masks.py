@@ -14,7 +14,7 @@ import factorkit
 from factorkit import object_masks
 from factorkit.cli.main import main
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.engine.run_folder import write_json
+from factorkit.engine.run_folder import read_object, write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.mask_checks import HELP
 from factorkit.nerfdiff.search import judge_run
@@ -103,6 +103,32 @@ def test_make_object_masks_without_an_object_are_refused(tmp_path, photos, monke
     monkeypatch.setattr(object_masks, "OBJECT_SHARES", (1.1, 2.0))
     with pytest.raises(DataError, match='masks="segdiff": no view has an object: the masks cover'):
         object_masks.add_object_masks(photos, tmp_path / "masks", {}, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("follows", [True, False])
+def test_make_object_masks_that_follow_the_background_are_replaced_and_judged_again(
+    tmp_path, photos, monkeypatch, follows
+):
+    """Only masks that fail the check of shared colours; the alarms of the model are of masks that are not used."""
+    first = Check("colours", 0.8, low=0.94, failures=("masks follow the background: 0.80",) if follows else ())
+    check = Mock(side_effect=[[first], [Check("colours", 1.0, low=0.94)]])
+    objects = torch.zeros(10, 64, 64)
+    objects[:, 16:48, 16:48] = 1
+    monkeypatch.setattr(object_masks, "check_object_masks", check)
+    monkeypatch.setattr(object_masks, "cosegment", replace := Mock(return_value=objects))
+    monkeypatch.setattr(SegdiffTask, "inspect", lambda *arguments: {"failures": ["of the model"], "checks": []})
+    _, masks = object_masks.add_object_masks(photos, tmp_path / "masks", {}, progress=False)
+    judged, stored = object_masks.judge_masks(tmp_path / "masks"), np.asarray(Image.open(Path(masks) / "3.png"))
+    if follows:
+        assert replace.call_args.args[0].shape == (10, 3, 64, 64) and replace.call_args.args[1].shape == (10, 64, 64)
+        assert stored.shape == (16, 20) and stored.mean() / 255 == pytest.approx(0.25, abs=0.05)
+        assert judged["failures"] == [] and [c["value"] for c in judged["checks"]] == [1.0]
+        note = read_object(tmp_path / "masks" / object_masks.RECORD)["note"]
+        assert "(shared colours 0.80 < 0.94), so the object was separated by the colours" in note
+    else:
+        assert not replace.called and check.call_count == 1
+        assert judged["failures"] == ["of the model"]
 
 
 MADE = {"checks": [{"name": "border", "status": "failed", "decisive": False, "value": 1.0}], "failures": ["cut"]}
