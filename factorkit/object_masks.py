@@ -27,7 +27,7 @@ from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.mask_checks import COMPARED_SIDE, HELP, MIN_SHARED_COLORS, check_object_masks, shrink
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.verdict import MASK_FAILURES, log_alarms
-from factorkit.report.content import Record, judged_alarms, log_checks, read_checks
+from factorkit.report.content import Check, Record, judged_alarms, log_checks, read_checks
 from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.alarms import MEAN_MASK, OWN_MEAN
 from factorkit.segdiff.inference.cutout_region import choose_cutout_region
@@ -308,7 +308,10 @@ def _write_masks(
         shares, compared = _save_masks(
             images, files, target, lambda i, pixels: resize(objects[i, None, None], *pixels.shape[:2])[0, 0], progress
         )
-        value, checks = checks[0].value, check_object_masks(*compared)
+        value, (shared, *others) = checks[0].value, check_object_masks(*compared)
+        if not shared.failures:
+            shared = Check(shared.name, not_run="since the masks were made by the colours that views have in common")
+        checks = [shared, *others]
     low, high = OBJECT_SHARES
     odd = [file for file, share in zip(files, shares, strict=True) if not low <= share <= high]
     if len(odd) == len(files):
@@ -325,7 +328,8 @@ def _write_masks(
     if is_shared:
         note += (
             f" The model's masks followed the background of their views (shared colours {value:.2f} < "
-            f"{MIN_SHARED_COLORS:g}), so the object was separated by the colours it has in the other views."
+            f"{MIN_SHARED_COLORS:g}), so the object was separated by the colours it has in the other views. Look at "
+            "them: few checks can tell whether such masks are right."
         )
     if odd:
         note += f" Hardly an object in {format_count(len(odd), 'view')}: {format_examples(odd)}."

@@ -112,7 +112,7 @@ def test_make_object_masks_that_follow_the_background_are_replaced_and_judged_ag
 ):
     """Only masks that fail the check of shared colours; the alarms of the model are of masks that are not used."""
     first = Check("colours", 0.8, low=0.94, failures=("masks follow the background: 0.80",) if follows else ())
-    check = Mock(side_effect=[[first], [Check("colours", 1.0, low=0.94)]])
+    check = Mock(side_effect=[[first, Check("border", 0.1)], [Check("colours", 1.0, low=0.94), Check("border", 0.2)]])
     objects = torch.zeros(10, 64, 64)
     objects[:, 16:48, 16:48] = 1
     monkeypatch.setattr(object_masks, "check_object_masks", check)
@@ -123,7 +123,9 @@ def test_make_object_masks_that_follow_the_background_are_replaced_and_judged_ag
     if follows:
         assert replace.call_args.args[0].shape == (10, 3, 64, 64) and replace.call_args.args[1].shape == (10, 64, 64)
         assert stored.shape == (16, 20) and stored.mean() / 255 == pytest.approx(0.25, abs=0.05)
-        assert judged["failures"] == [] and [c["value"] for c in judged["checks"]] == [1.0]
+        colors, border = judged["checks"]
+        assert judged["failures"] == [] and border["value"] == 0.2
+        assert colors["status"] == "not run" and "made by the colours" in colors["reason"]
         note = read_object(tmp_path / "masks" / object_masks.RECORD)["note"]
         assert "(shared colours 0.80 < 0.94), so the object was separated by the colours" in note
     else:
