@@ -36,7 +36,7 @@ from factorkit.segdiff.masks.objects import resize, scale_lab
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils import distributed
 from factorkit.utils.errors import DataError, format_count
-from factorkit.utils.files import read_log, save_image
+from factorkit.utils.files import read_log, save_image, sibling
 from factorkit.utils.images import images_to_pixels, pixels_to_signed, unit_to_uint8
 
 SEGDIFF = "segdiff"  # the value of masks=
@@ -104,7 +104,7 @@ def train_nerfdiff(
         return nerfdiff.train_nerfdiff(data, out=out, preset=preset, progress=progress, masks=masks, **options)
     nerfdiff.check_options(data, preset, options)
     folder = nerfdiff.choose_folder(data, out, preset)
-    made = folder.with_name(f"{folder.name}_masks")
+    made = sibling(folder, "_masks")
     data, masks = add_object_masks(data, made, options, progress)
     run = nerfdiff.train_nerfdiff(data, out=folder, preset=preset, progress=progress, masks=masks, **options)
     distributed.run_on_first(lambda: add_mask_checks(folder, judge_masks(made)))

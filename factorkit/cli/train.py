@@ -24,6 +24,7 @@ from factorkit.cli.base import (
 )
 from factorkit.cli.data import parse_holdout
 from factorkit.utils.errors import ConfigError, did_you_mean, format_count
+from factorkit.utils.files import sibling
 
 if TYPE_CHECKING:
     from factorkit.engine.config import EngineConfig
@@ -107,7 +108,7 @@ class TrainSegdiff(Command):
             "baselines": self.baselines,
             "classes": self.classes,
         }
-        with report_interruption(out, out.with_name(out.name + OWN_SUFFIX)):
+        with report_interruption(out, sibling(out, OWN_SUFFIX)):
             run = train_segdiff(self.data, out=out, **options, **settings)
         (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
         data = {"run": str(out), "report": report, "steps": run.config.steps, "scores": run.scores, **judgement}
@@ -216,7 +217,7 @@ class TrainNerfdiff(Command):
             return self._estimate(settings)
         out = self.out or Path("runs") / f"nerfdiff-{_preset_name(self, 'fast')}"
         start = time.perf_counter()
-        with report_interruption(out, out.with_name(f"{out.name}_masks")):
+        with report_interruption(out, sibling(out, "_masks")):
             run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
         (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
         data = {"run": str(out), "report": report, "scores": run.scores, **judgement}

@@ -18,7 +18,7 @@ from factorkit.segdiff.object_stages import REGIONS_FILE
 from factorkit.segdiff.training_images import MIN_IMAGES
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, format_count
-from factorkit.utils.files import read_log
+from factorkit.utils.files import read_log, sibling
 
 FEW_LATENTS = 16  # a side
 #: Sides of photos from which latents are the default, and from which their sides are 8 times smaller in place of 4
@@ -63,7 +63,7 @@ def settle_latents(preset: str, changes: dict[str, Any], folder: Path, stored: d
     With latent="auto" a run goes on as it was started. With a path the resolution of a preset is that of the latents,
     unless ``changes`` have one of the photos; the run has a copy of the autoencoder, should that be gone.
     """
-    config, own = preset_config(preset, **changes), str(folder.with_name(folder.name + OWN_SUFFIX))
+    config, own = preset_config(preset, **changes), str(sibling(folder, OWN_SUFFIX))
     if config.latent_channels or config.latent_factor != 1:
         raise ConfigError(
             "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"

@@ -112,11 +112,12 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
-    device = distributed.local_device(resolve_device(preset_config(preset, **changes).device))
+    given = preset_config(preset, **changes)
+    device = distributed.local_device(resolve_device(given.device))
     join_processes(device)
+    distributed.check_batch(given.batch_size)  # before the images are prepared, which may take long
     stored = read_stored(folder)
     settled = settle_latents(preset, changes, folder, stored)
-    distributed.check_batch(settled.config.batch_size)  # before the images are prepared, which may take long
     given, note = settle_regions(settled.config, folder, stored)
     settled = settled._replace(config=given)
     config = given.resolved()

@@ -26,6 +26,12 @@ _BLOCK_BYTES = 1 << 16  # read at once in search of the last newline
 _counter = itertools.count()
 
 
+def sibling(folder: Path, suffix: str) -> Path:
+    """Return the folder beside ``folder`` whose name is longer by ``suffix``; "." and ".." stand for what they are."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(named.name + suffix)
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds and is removed when it fails.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -148,3 +149,11 @@ def test_timeline_repeated_step_drops_all_later_lines():
     lines = [(10, 0), (20, 0), (30, 0), (40, 0), (20, 1)]
     log = [{"event": "step", "step": step, "run": run} for step, run in lines]
     assert [(e["step"], e["run"]) for e in timeline(log, "step")] == [(10, 0), (20, 1)]
+
+
+@pytest.mark.parametrize("start", [".", "sub/..", "{}", "../run"])
+def test_sibling_of_any_way_to_name_a_folder_is_beside_it(tmp_path, monkeypatch, start):
+    folder = tmp_path / "run"
+    (folder / "sub").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert files.sibling(Path(start.format(folder)), "_masks").resolve() == tmp_path / "run_masks"
