@@ -40,8 +40,8 @@ class Variant:
     def __str__(self) -> str:
         shown = " ".join(f"{k}={v}" for k, v in self.constants if k.isupper() and v is not None)
         dtype = next(t for _, t in self.types if t.startswith("*"))[1:]
-        absent = ",".join(k for k, v in self.constants if v is None)
-        return f"{self.name} {dtype} {shown} warps={dict(self.options)['num_warps']} without {absent or 'nothing'}"
+        plain = "plain" if ("bias", None) in self.constants else "biased"
+        return f"{self.name} {dtype} {shown} warps={dict(self.options)['num_warps']} {plain}"
 
 
 def variant_of(kernel, arguments: tuple, constants: dict, options: dict) -> Variant:
