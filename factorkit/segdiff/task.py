@@ -179,7 +179,7 @@ class SegdiffTask(ImageTask):
         )
         side = max(config.side, min(config.resolution, PREVIEW_SIDE))
         drawn, masks = (resize(x, side, side) for x in (generated.images, generated.bottleneck.masks.float()))
-        grid = previews.draw_generation_grid(signed_to_pixels(drawn), masks.numpy())
+        grid = previews.draw_generation_grid(signed_to_pixels(drawn), masks.cpu().numpy())
         save_image(grid, folder / f"{step:06d}_generated.png")
         network, rows = cast(SegdiffModel, model), self.choose_probes(count)
         images = resize(self.probes[rows], side, side).to(self.device)
