@@ -15,10 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from PIL import Image
-
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 UNFINISHED = ".unfinished-"  # prefix of temporary files
 LOG_NAME = "log.jsonl"  # the log in a run folder
