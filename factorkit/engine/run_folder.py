@@ -19,7 +19,7 @@ from torch import Tensor
 from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoint, write_checkpoint
 from factorkit.engine.config import migrate_settings
 from factorkit.utils import distributed
-from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.errors import CheckpointError, ConfigError, first_mismatch
 from factorkit.utils.files import read_json, replacing
 from factorkit.utils.output_record import mark_output_folder, writing_file
 
@@ -239,7 +239,7 @@ def load_trained(
     except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {error}") from error
+        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {first_mismatch(error)}") from error
 
 
 def select_settings(config: type[Any], meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from factorkit.engine.checkpoint import Checkpoints, average_name
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.step import MovingAverage, Objective, Task, make_optimizer
 from factorkit.utils import distributed
-from factorkit.utils.errors import CheckpointError
+from factorkit.utils.errors import CheckpointError, first_mismatch
 
 
 class TrainingState:
@@ -123,7 +123,7 @@ class CheckpointManager:
         try:
             self.state.load(tensors)
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoints in {folder} belong to another model: {error}") from error
+            raise CheckpointError(f"the checkpoints in {folder} belong to another model: {first_mismatch(error)}") from error
         step = self.saved_step = int(meta["step"])
         if distributed.maximum(step) != -distributed.maximum(-step):
             raise CheckpointError(f"the processes of this run find different checkpoints in {folder}; {advice}")

@@ -28,7 +28,7 @@ from factorkit.nerfdiff.registered_views import LocalisedViews, load_localised
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
-from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.errors import CheckpointError, ConfigError, first_mismatch
 
 
 class DenoisingStep(NamedTuple):
@@ -105,7 +105,7 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
+            raise CheckpointError(f"the weights in {path} do not match the model of its settings: {first_mismatch(error)}") from error
         device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, device, step, path if path.is_dir() and weights == "average" else None)
 

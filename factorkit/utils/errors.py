@@ -1,6 +1,7 @@
 """Errors that a user can fix: each message says what is wrong, where, and what to do."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 _OUT_OF_MEMORY_TEXTS = ("not enough memory", "can't allocate memory", "CUDA out of memory", "std::bad_alloc")
@@ -57,3 +58,10 @@ def format_count(number: int, noun: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error) or repr(error)).splitlines()[0]
+
+
+def first_mismatch(error: BaseException) -> str:
+    """Return the first of what tensors and a module do not have in common, by the error of load_state_dict."""
+    details = str(error).splitlines()[1:] or [first_line(error)]
+    more = f", and {len(details) - 1} more" if len(details) > 1 else ""
+    return textwrap.shorten(details[0], 200, placeholder=" ...") + more
