@@ -239,7 +239,9 @@ def load_trained(
     except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {first_mismatch(error)}") from error
+        raise CheckpointError(
+            f"the weights in {path} do not match the model of its settings: {first_mismatch(error)}"
+        ) from error
 
 
 def select_settings(config: type[Any], meta: Mapping[str, Any]) -> dict[str, Any]:

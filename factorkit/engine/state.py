@@ -123,7 +123,9 @@ class CheckpointManager:
         try:
             self.state.load(tensors)
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoints in {folder} belong to another model: {first_mismatch(error)}") from error
+            raise CheckpointError(
+                f"the checkpoints in {folder} belong to another model: {first_mismatch(error)}"
+            ) from error
         step = self.saved_step = int(meta["step"])
         if distributed.maximum(step) != -distributed.maximum(-step):
             raise CheckpointError(f"the processes of this run find different checkpoints in {folder}; {advice}")

@@ -105,7 +105,9 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"the weights in {path} do not match the model of its settings: {first_mismatch(error)}") from error
+            raise CheckpointError(
+                f"the weights in {path} do not match the model of its settings: {first_mismatch(error)}"
+            ) from error
         device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, device, step, path if path.is_dir() and weights == "average" else None)
 
