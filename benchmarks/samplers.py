@@ -49,6 +49,7 @@ def measure(args: argparse.Namespace) -> None:
     import factorkit
     from factorkit.diffusion.samplers import count_evaluations
     from factorkit.metrics.frechet import frechet_distance, random_features
+    from factorkit.segdiff.drawn_images import average_squares
     from factorkit.segdiff.training_images import load_data
 
     run = factorkit.load(args.run)
@@ -63,14 +64,17 @@ def measure(args: argparse.Namespace) -> None:
         "high_noise_fraction",
         "loss_weighting",
     )
-    settings = {name: getattr(run.config, name) for name in names} | {"steps": run.step, "seed": run.config.seed}
+    factor = run.config.latent_factor  # drawn images are scored at the latents' size: a decoder makes even noise smooth
+    settings = {name: getattr(run.config, name) for name in names} | ({"latent": f"{factor}x"} if factor > 1 else {})
+    settings |= {"steps": run.step, "seed": run.config.seed}
     condition = {"classes": " ".join(args.classes), "guidance": args.guidance} if args.classes else {}
     model = " ".join([args.name, *(f"{k}={v}" for k, v in (settings | condition).items())])
     guided = {"classes": "all" if args.classes == ["all"] else args.classes, "guidance": args.guidance}
     config = run.config
     dataset, prepared, _ = load_data(args.data, config.resolution, config.holdout, config.mask_set, progress=False)
     unit = lambda images: torch.from_numpy(images.copy()).movedim(3, 1).float() / 255  # noqa: E731
-    real = random_features(unit(prepared.images))
+    features = lambda images: random_features(average_squares(images, factor))  # noqa: E731
+    real = features(unit(prepared.images))
     facts = {
         "model": model,
         "images": args.images,
@@ -88,7 +92,7 @@ def measure(args: argparse.Namespace) -> None:
     if dataset.test_images is not None and key not in read_results(args.out):
         other = prepare_held_out(dataset, run.config.resolution)[: args.images]
         if len(other) == args.images:
-            write(key, frechet_distance(random_features(unit(other)), real), sampler="held-out images", evaluations=0)
+            write(key, frechet_distance(features(unit(other)), real), sampler="held-out images", evaluations=0)
     for steps in sorted(args.steps):
         for sampler in args.samplers:
             key = f"{model} n={args.images} seed={args.seed} {sampler} {steps}"
@@ -98,7 +102,7 @@ def measure(args: argparse.Namespace) -> None:
             images = run.generate(args.images, sampler=sampler, steps=steps, seed=args.seed, **guided).images
             seconds = round(time.perf_counter() - start, 1)
             cost = {"steps": steps, "evaluations": count_evaluations(sampler, steps), "seconds": seconds}
-            write(key, frechet_distance(random_features(images), real), sampler=sampler, **cost)
+            write(key, frechet_distance(features(images), real), sampler=sampler, **cost)
 
 
 def prepare_held_out(dataset, resolution: int):
