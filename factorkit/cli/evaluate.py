@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ from tyro.conf import arg
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OptionalName, OptionalPath, Result, RunCommand
 from factorkit.utils.errors import ConfigError, format_count
+from factorkit.utils.files import sibling
 
 if TYPE_CHECKING:
     from factorkit.report.content import ReportContent
+    from factorkit.segdiff.run import SegdiffRun
 
 
 @dataclass(kw_only=True)
@@ -180,9 +183,12 @@ class Evaluate(RunCommand):
             raise ConfigError(
                 f"--ddpm {self.ddpm}: images of {sizes} pixels do not compare; give runs of one resolution"
             )
-        scores = run.evaluate_generation(self.images)
+        factor = max(each.config.latent_factor for each in (run, plain) if each is not None)
+        scores = run.evaluate_generation(self.images, latent_factor=factor)
         if plain is not None:
-            scores["ddpm"] = plain.evaluate_generation(self.images)
+            scores["ddpm"] = plain.evaluate_generation(self.images, latent_factor=factor)
+        elif run.folder is not None and run.config.num_leaf_regions > 1:
+            scores |= _advise_ddpm(run, run.folder, self.images)
         for scored in (run, plain):
             if scored is not None and (folder := scored.folder) is not None:
                 distributed.run_on_first(partial(write_report, folder))
@@ -216,6 +222,28 @@ class Evaluate(RunCommand):
         if scores["missing"]:
             lines.append("too few images to score: " + ", ".join(scores["missing"]))
         return scores, "\n".join(lines)
+
+
+def _advise_ddpm(run: SegdiffRun, folder: Path, photos: Path) -> dict[str, Any]:
+    """Return the command that trains a plain DDPM for as long as the run, its folder, and the seconds of its steps."""
+    from factorkit.engine.run_folder import read_settings
+    from factorkit.segdiff.equal_compute import choose_plain_ddpm
+
+    choice = choose_plain_ddpm(run, folder)
+    if choice is None:
+        return {}
+    settings, seconds = choice
+    name = str(read_settings(folder).get("data", {}).get("name"))
+    if not name.startswith("procedural "):
+        names = photos.resolve().name, photos.resolve().parent.name
+        settings["data"] = photos.parent if names[1] == name != names[0] else photos  # of PHOTOS/images
+    settings["out"] = sibling(folder, "_plain")
+    words = ["factorkit", "train", "segdiff"]
+    for option, value in settings.items():
+        words.append(f"--{'no-' if value is False else ''}{option.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, tuple) else [value])
+    return {"ddpm_command": shlex.join(words), "ddpm_out": str(settings["out"]), "ddpm_seconds": seconds}
 
 
 def _add_verdict(folder: Path | None, content: ReportContent, scores: dict[str, Any], text: str) -> Result:
@@ -284,23 +312,46 @@ def format_generation(scores: dict[str, Any]) -> str:
         cells = [f"{row[key]:{w}.{d}f}" if key in row else " " * w for key, w, d in columns]
         lines.append(f"{name:<14} {' '.join(cells)}".rstrip())
     no_fid = "" if "fid" in scores else " (not computed: its weights are not on this machine)"
+    scale = f"compared at {scores['side']} px" + ", averaged" * (scores["side"] < scores["resolution"])
     lines.append(
-        f"{format_count(scores['images'], 'image')} each, {scores['sampler']} in {scores['steps']} steps; Fréchet "
-        f"distances in fixed random features, which are no FID{no_fid}"
+        f"{format_count(scores['images'], 'image')} each, {scores['sampler']} in {scores['steps']} steps, {scale}; "
+        f"Fréchet distances in fixed random features, which are no FID{no_fid}"
     )
-    own, plain = (row.get("training_seconds") for row in (scores, scores.get("ddpm", {})))
+    lines += [f"{name}: {_describe_latents(row)}" for name, row in rows if "autoencoder_given" in row]
+    own, plain = (_sum_seconds(row) for row in (scores, scores.get("ddpm", {})))
     if own and plain and not 0.8 < plain / own < 1.25:
-        lines.append(f"not of equal compute: the plain DDPM was trained {plain / own:.2g} times as long")
-    elif own and "mask_agreement" in scores and "ddpm" not in scores:
-        lines.append(
-            f"no plain DDPM to compare with: train one with --regions 1 for {own:.0f} s, and give it by --ddpm"
-        )
+        given = ", with the autoencoder" * any(row.get("autoencoder_seconds") for _, row in rows)
+        lines.append(f"not of equal compute: the plain DDPM was trained {plain / own:.2g} times as long{given}")
+    elif "ddpm_command" in scores:
+        advice = f"train one for as long ({scores['ddpm_seconds']:.0f} s), and give it by --ddpm {scores['ddpm_out']}"
+        lines += [f"no plain DDPM to compare with: {advice}", f"    {scores['ddpm_command']}"]
     if "mask_agreement" in scores:
         lines.append(
             f"masks: segmenting a drawn image gives {scores['mask_agreement']:.1%} of its pixels the region that they "
             f"were drawn with (another image's regions: {scores['mask_agreement_by_chance']:.1%})"
         )
     return "\n".join(lines)
+
+
+def _describe_latents(scores: dict[str, Any]) -> str:
+    """Say which of the seconds that the latents of a run took are among its training seconds."""
+    autoencoder = scores["autoencoder_seconds"]
+    parts = (
+        (scores["encoding_seconds"], True, "encoding the photos"),
+        (autoencoder, not scores["autoencoder_given"], "its autoencoder"),
+    )
+    words = [
+        f"{'with' if counted and seconds is not None else 'without'} "
+        f"{'an unknown time' if seconds is None else f'{seconds:.0f} s'} for {what}"
+        for seconds, counted, what in parts
+    ]
+    return f"training s {' and '.join(words)}" + ", which was given" * scores["autoencoder_given"]
+
+
+def _sum_seconds(scores: dict[str, Any]) -> float:
+    """Return the seconds of a training and of the autoencoder that was given to it, as far as they are known."""
+    given = scores["autoencoder_seconds"] if scores.get("autoencoder_given") else 0
+    return scores.get("training_seconds", 0) + (given or 0)
 
 
 def format_pose_scores(scores: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoi
 from factorkit.engine.config import migrate_settings
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError, first_mismatch
-from factorkit.utils.files import read_json, replacing
+from factorkit.utils.files import is_number, read_json, read_log, replacing, timeline
 from factorkit.utils.output_record import mark_output_folder, writing_file
 
 CONFIG = "config.json"
@@ -247,6 +247,12 @@ def load_trained(
 def select_settings(config: type[Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of stored settings that a configuration class has."""
     return {field.name: meta[field.name] for field in dataclasses.fields(config) if field.name in meta}
+
+
+def sum_step_seconds(*folders: Path) -> float:
+    """Return the seconds of the training steps in the logs of run folders; repeated steps count once."""
+    events = (event for folder in folders for event in timeline(read_log(folder), "step"))
+    return sum(event["seconds"] for event in events if is_number(event.get("seconds")))
 
 
 def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:

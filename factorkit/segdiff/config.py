@@ -115,9 +115,9 @@ class SegdiffConfig(EngineConfig):
     """Flip half of the images left to right. Use False if left and right differ, as when all objects face one way."""
 
     latent: Annotated[str, arg(metavar="auto|no|PATH")] = "auto"
-    """Autoencoder in whose latents the model denoises: a run of `factorkit train autoencoder`, or a .safetensors file
-    in diffusers' AutoencoderKL format. "no": none, but pixels. "auto": from 128 pixels on, one that is trained on the
-    images first, in OUT_autoencoder; not with form="thesis", masks="mixture", a hierarchy or a preset of 128 pixels."""
+    """Autoencoder in whose latents the model denoises: a run of `factorkit train autoencoder`, the copy in another run,
+    or a .safetensors file in diffusers' AutoencoderKL format. "no": pixels. "auto": from 128 pixels on, one trained on
+    the images first, OUT_autoencoder; not with form="thesis", masks="mixture", a hierarchy or preset of 128 pixels."""
 
     holdout: str | int = "auto"
     """Labelled images held out of training: "masked", "none", a number, the name of an official split, or "auto"."""

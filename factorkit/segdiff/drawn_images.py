@@ -56,6 +56,7 @@ class DrawnScores:
 
     Attributes:
         images: drawn, and photos and noise in their place.
+        side: of the images in pixels, as they are compared.
         frechet: distance of the drawn images to the reference photos.
         frechet_photos: that of other photos.
         frechet_noise: that of these other photos with their pixels in random order.
@@ -68,6 +69,7 @@ class DrawnScores:
     """
 
     images: int
+    side: int
     frechet: float
     frechet_photos: float
     frechet_noise: float
@@ -163,6 +165,7 @@ def score_drawn(drawn: Tensor, reference: Tensor, others: Tensor, latent_factor:
     noise_in_detail, noise_by_chance = measure_noise_in_detail(drawn, known)
     return DrawnScores(
         images=len(drawn),
+        side=drawn.shape[3],
         frechet=frechet_distance(own, photos),
         frechet_photos=frechet_distance(other, photos),
         frechet_noise=frechet_distance(shuffled, photos),

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
+from factorkit.engine.run_folder import sum_step_seconds
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
 from factorkit.segdiff.autoencoder import AutoencoderRun
 from factorkit.segdiff.masks.proposal import without_autocast
 from factorkit.segdiff.network import PixelSpace
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.files import read_json
+from factorkit.utils.files import is_number, read_json
 from factorkit.utils.images import pixels_to_signed
 
 COPY_NAME = "autoencoder.safetensors"  # in a run folder
@@ -130,7 +131,8 @@ class LatentSpace(PixelSpace):
 def open_autoencoder(path: str | Path) -> Autoencoder:
     """Open a run folder or an exported file of :func:`factorkit.train_autoencoder`, or diffusers' AutoencoderKL.
 
-    The latter is a local ``.safetensors`` file, or its folder with config.json.
+    The latter is a local ``.safetensors`` file, or its folder with config.json. The copy in the folder of a segdiff run
+    is read too.
 
     Raises:
         CheckpointError: nothing there, damaged, or another model.
@@ -155,8 +157,10 @@ def open_autoencoder(path: str | Path) -> Autoencoder:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
-    if any(name.startswith(("ema.module.", PREFIX)) for name in tensors):
+    if any(name.startswith("ema.module.") for name in tensors):
         return AutoencoderRun.load(file, device="cpu").model
+    if any(name.startswith(PREFIX) for name in tensors):
+        return read_space(file).autoencoder
     if "_class_name" not in settings:  # the config.json of something else
         settings = {}
     return _read_format(file, tensors, settings)
@@ -241,10 +245,42 @@ def hash_autoencoder(autoencoder: Autoencoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def store_space(folder: Path, space: LatentSpace) -> None:
-    """Write the autoencoder of a run into its folder, unless it is there."""
+def store_space(folder: Path, space: LatentSpace, encoding_seconds: float, source: str, given: bool) -> None:
+    """Write the autoencoder of a run into its folder, with the seconds that its latents took, unless it is there.
+
+    Args:
+        folder: of the run.
+        space: of the run.
+        encoding_seconds: that encoding the images of the training took.
+        source: where the autoencoder is from, as for :func:`open_autoencoder`.
+        given: it was not trained for this run alone.
+    """
     if not (folder / COPY_NAME).exists():
-        write_checkpoint(folder / COPY_NAME, space.tensors(), {"model": "latents"})
+        cost = {"encoding_seconds": encoding_seconds, "autoencoder_seconds": read_training_seconds(Path(source))}
+        write_checkpoint(folder / COPY_NAME, space.tensors(), {"model": "latents", "autoencoder_given": given, **cost})
+
+
+def read_training_seconds(path: Path) -> float | None:
+    """Return the seconds that training an autoencoder took; None where its folder or file does not say."""
+    path = path.expanduser()
+    if path.is_dir():
+        return sum_step_seconds(path) or None
+    try:
+        return read_cost(path)["autoencoder_seconds"]
+    except CheckpointError:  # of diffusers
+        return None
+
+
+def read_cost(path: Path) -> dict[str, Any]:
+    """Return what :func:`store_space` stored in the file ``path`` on the seconds that the latents of a run took.
+
+    Returns:
+        encoding_seconds, autoencoder_seconds, each None where unknown; autoencoder_given.
+    """
+    _, meta = read_checkpoint(path)
+    seconds = {name: meta.get(name) for name in ("encoding_seconds", "autoencoder_seconds")}
+    known = {name: value if is_number(value) else None for name, value in seconds.items()}
+    return known | {"autoencoder_given": meta.get("autoencoder_given") is not False}
 
 
 def read_space(path: Path) -> LatentSpace:

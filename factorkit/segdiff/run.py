@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import TrainedRun, load_trained, select_settings, write_json
+from factorkit.engine.run_folder import TrainedRun, load_trained, select_settings, sum_step_seconds, write_json
 from factorkit.metrics.frechet import compute_fid, find_weights
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
@@ -21,12 +21,11 @@ from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import hard_labels, predict_masks
 from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
-from factorkit.segdiff.latents import read_space
+from factorkit.segdiff.latents import COPY_NAME, read_cost, read_space
 from factorkit.segdiff.network import PixelSpace
 from factorkit.segdiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
-from factorkit.utils.files import read_log, timeline
 from factorkit.utils.images import signed_to_unit
 
 
@@ -209,7 +208,14 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         return scores
 
     def evaluate_generation(
-        self, images: Any, *, n: int = 256, sampler: str = DEFAULT_SAMPLER, steps: int = DEFAULT_STEPS, seed: int = 0
+        self,
+        images: Any,
+        *,
+        n: int = 256,
+        sampler: str = DEFAULT_SAMPLER,
+        steps: int = DEFAULT_STEPS,
+        seed: int = 0,
+        latent_factor: int = 1,
     ) -> dict[str, Any]:
         """Score drawn images against photos, and the masks that they were drawn with. Needs no labels.
 
@@ -222,12 +228,17 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
                 images.
             n: images to draw, at most half as many as there are photos.
             sampler, steps, seed: as for :meth:`generate`.
+            latent_factor: images are averaged over squares of so many pixels a side before they are compared, at least
+                the run's own ``config.latent_factor``; give the largest of the runs that you compare. The alarms are of
+                the run's own.
 
         Returns:
             The figures of :class:`~factorkit.segdiff.drawn_images.DrawnScores` and ``noise_share``; for a run with
             regions ``mask_agreement``, the share of pixels to which segmenting a drawn image gives the region that it
             was drawn with, and ``mask_agreement_by_chance``, that of another image's regions; ``fid`` where Inception's
-            weights are (:mod:`factorkit.metrics.frechet`); ``training_seconds`` of a run folder, with its stages.
+            weights are (:mod:`factorkit.metrics.frechet`), without averaging; ``training_seconds`` of a run folder,
+            with its stages. For latents these hold ``encoding_seconds`` of the photos and ``autoencoder_seconds`` (None
+            where unknown), but not the latter of an autoencoder that was given (``autoencoder_given``).
 
         Raises:
             ConfigError: an unknown sampler, or steps out of range.
@@ -236,8 +247,12 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         photos = signed_to_unit(self._read_squares(images))
         reference, others = choose_photos(len(photos), n)
         drawn = self.generate(len(others), sampler=sampler, steps=steps, seed=seed)
-        drawn_scores = score_drawn(drawn.images, photos[reference], photos[others], self.config.latent_factor)
-        scores = drawn_scores.to_dict() | {"sampler": sampler, "steps": steps, "step": self.step}
+        own_factor = self.config.latent_factor
+        compared = own = score_drawn(drawn.images, photos[reference], photos[others], own_factor)
+        if latent_factor > own_factor:
+            compared = score_drawn(drawn.images, photos[reference], photos[others], latent_factor)
+        scores = compared.to_dict() | {"sampler": sampler, "steps": steps, "step": self.step}
+        scores["resolution"] = self.config.resolution
         if self.config.num_leaf_regions > 1:
             with self._autocast():
                 masks = predict_masks(self.model, drawn.images * 2 - 1, self.config.segment_t, self.schedule)
@@ -247,10 +262,8 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         if find_weights() is not None:
             scores["fid"] = compute_fid(photos[others], drawn.images, self.device)
         if (folder := self.folder) is not None:
-            folders = [folder, *sorted(folder.glob("stages/*"))]
-            events = [event for each in folders for event in timeline(read_log(each), "step")]
-            scores["training_seconds"] = sum(event.get("seconds") or 0 for event in events)
-            checks = skip_checks(self.step, len(photos)) or drawn_scores.checks()
+            scores |= self._count_seconds(folder)
+            checks = skip_checks(self.step, len(photos)) or own.checks()
 
             def write() -> None:
                 write_json(folder / "generation.json", scores)
@@ -258,6 +271,15 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
 
             distributed.run_on_first(write)
         return scores
+
+    def _count_seconds(self, folder: Path) -> dict[str, Any]:
+        """Return the seconds of the training, and those of the latents as :func:`read_cost` does."""
+        seconds = sum_step_seconds(folder, *folder.glob("stages/*"))
+        if not self.config.latent_channels:
+            return {"training_seconds": seconds}
+        cost = read_cost(folder / COPY_NAME)
+        parts = [cost["encoding_seconds"], None if cost["autoencoder_given"] else cost["autoencoder_seconds"]]
+        return {"training_seconds": seconds + sum(part or 0 for part in parts), **cost}
 
     def evaluate_zero_shot(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -152,15 +153,17 @@ def train_segdiff(
         settings["autoencoder"] = hash_autoencoder(autoencoder)
 
     @cache
-    def find_latents() -> tuple[LatentSpace | None, np.ndarray]:
+    def find_latents() -> tuple[LatentSpace | None, np.ndarray, float]:
         if autoencoder is None:
-            return None, prepared.images
-        return encode_images(autoencoder, prepared.images, config.random_flip, folder, device)
+            return None, prepared.images, 0.0
+        start = time.perf_counter()
+        encoded = encode_images(autoencoder, prepared.images, config.random_flip, folder, device)
+        return *encoded, time.perf_counter() - start
 
     def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
-        space, images = find_latents()
+        space, images, seconds = find_latents()
         if space is not None and distributed.rank() == 0:
-            store_space(folder, space)
+            store_space(folder, space, seconds, config.latent, given=not settled.training)
         task = SegdiffTask(config, images, probes, device, labels, space)
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
@@ -322,24 +325,15 @@ def estimate(
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))
     device = resolve_device(config.device)
-    count = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    if device.type == "cpu":
-        count = min(count, 16 if config.resolution * config.model_channels <= 2048 else 1)
-    trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
-    shape = (max(2, count), config.resolution, config.resolution, 3)
-    images = probes = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    if config.latent_channels:
-        images = np.zeros((max(2, count), 1, config.latent_channels, config.side, config.side), np.float16)
-    labels = None if classes is None else np.zeros(len(images), np.int64)
     before = peak_memory(device)
-    task = SegdiffTask(trial, images, probes, device, labels)
-    trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
+    trainer = make_trial(config, device)
+    count = trainer.config.batch_size
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)
         stages = TimedStages(config, device)
         if config.masks == "auto" and config.num_leaf_regions > 1:
             stages.run()
-    parameters = count_parameters(task.model)
+    parameters = count_parameters(trainer.task.model)
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
     first = estimate_autoencoder(**settled.training)["seconds"] if settled.training else 0.0
     return {
@@ -357,3 +351,19 @@ def estimate(
         "batch_size": config.batch_size,
         "device": str(device),
     }
+
+
+def make_trial(config: ResolvedSegdiffConfig, device: torch.device) -> Trainer:
+    """Make a trainer whose steps on random images are timed, with as many images as fit; nothing is written."""
+    count = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    if device.type == "cpu":
+        count = min(count, 16 if config.resolution * config.model_channels <= 2048 else 1)
+    count = -(-count // distributed.world_size()) * distributed.world_size()
+    trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
+    shape = (max(2, count), config.resolution, config.resolution, 3)
+    images = probes = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if config.latent_channels:
+        images = np.zeros((max(2, count), 1, config.latent_channels, config.side, config.side), np.float16)
+    labels = np.zeros(len(images), np.int64) if config.class_names else None
+    task = SegdiffTask(trial, images, probes, device, labels)
+    return Trainer(task, trial, Path("."), {}, device=device, progress=False)

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import factorkit
+from factorkit.data import draw_flowers
+from factorkit.segdiff import settle
+from factorkit.segdiff.autoencoder import SETTINGS
 from factorkit.segdiff.backbones import make_backbone
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import FactorizedDenoiser
@@ -62,6 +68,33 @@ def make_random_run():
         return SegdiffRun(config, randomize_weights(config.build()), torch.device("cpu"), 0)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def latent_folder(tmp_path_factory):
+    """The folder of a run with latent="auto" on 34 photos of 48 pixels, 4 times smaller; its autoencoder is moved."""
+    folder = tmp_path_factory.mktemp("latent") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settle, "MANY_PIXELS", 48)
+        for name, value in {"steps": 3, "model_channels": 8, "batch_size": 2, "crop_size": 16, "log_every": 1}.items():
+            patch.setitem(SETTINGS, name, value)
+        sizes = {"resolution": 48, "regions": 2, "masks": "network", "model_channels": 8, "channel_mult": (1, 2)}
+        others = {"preset": "demo", "norm_groups": 4, "batch_size": 4, "steps": 2, "device": "cpu", "progress": False}
+        factorkit.train_segdiff(draw_flowers(34, 48, seed=0)[0], out=folder, **sizes, **others)
+    (folder.parent / "run_autoencoder").rename(folder.parent / "moved")
+    return folder
+
+
+@pytest.fixture
+def load_latent_run(latent_folder, tmp_path):
+    """load_latent_run(**changes): a copy of it, whose attributes may be changed."""
+
+    def load(**changes) -> SegdiffRun:
+        run = SegdiffRun.load(shutil.copytree(latent_folder, tmp_path / "copy"), device="cpu")
+        vars(run).update(changes)
+        return run
+
+    return load
 
 
 @pytest.fixture

@@ -250,3 +250,39 @@ def test_evaluate_generation_scores_images_and_masks(make_random_run, monkeypatc
     assert judged_alarms(read_log(tmp_path))[1] == []
     with pytest.raises(DataError, match="31 photos"):
         run.evaluate_generation(np.array(photos[:31]))
+
+
+@pytest.mark.slow
+def test_evaluate_generation_latents_are_compared_and_judged_at_their_side(load_latent_run):
+    run, photos = load_latent_run(step=400), draw_flowers(34, 48, seed=0)[0]
+    scores = run.evaluate_generation(photos, steps=2)
+    assert scores["side"] == run.config.side == 12 and scores["resolution"] == 48 and 0 <= scores["mask_agreement"] <= 1
+    reference, others = choose_photos(34, 256)
+    parts = (pixels_to_images(photos[rows]) for rows in (reference, others))
+    expected = score_drawn(run.generate(17, steps=2).images, *parts, 4)
+    assert {name: scores[name] for name in expected.to_dict()} == pytest.approx(expected.to_dict(), rel=1e-4)
+    logged = judged_alarms(read_log(run.folder))[0]["checks"]
+    assert [check["value"] for check in logged if check["name"] == GRAIN] == [pytest.approx(expected.grain, rel=1e-4)]
+
+
+@pytest.mark.slow
+def test_evaluate_generation_larger_factor_changes_the_scores_and_not_the_alarms(make_random_run, tmp_path):
+    run, photos = make_random_run(resolution=32), draw_flowers(34, 32, seed=0)[0]
+    run.folder, run.step, checks, scores = tmp_path, 400, [], []
+    for factor in (1, 3):
+        scores.append(run.evaluate_generation(photos, steps=2, latent_factor=factor))
+        checks.append(judged_alarms(read_log(tmp_path))[0]["checks"])
+    assert [each["side"] for each in scores] == [32, 10] and scores[0]["grain"] > scores[1]["grain"]
+    assert checks[0] == checks[1]
+
+
+@pytest.mark.slow
+def test_judge_drawn_images_of_latents_measures_at_their_side(load_latent_run, monkeypatch):
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
+    run, photos = load_latent_run(step=400), draw_flowers(34, 48, seed=0)[0]
+    judge_drawn_images(run, photos)
+    parts = (pixels_to_images(photos[rows]) for rows in choose_photos(34, NUM_CHECKED))
+    expected = score_drawn(run.generate(17, steps=10).images, *parts, 4).checks()
+    logged = {check["name"]: check for check in judged_alarms(read_log(run.folder))[0]["checks"]}
+    for check in expected:
+        assert logged[check.name]["value"] == pytest.approx(check.value, rel=1e-4)
