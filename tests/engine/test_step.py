@@ -9,119 +9,62 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorkit.engine import step as engine_step
 from factorkit.engine.cuda_graph import WARM_UP, GraphedWork
 from factorkit.engine.step import Meter, MovingAverage
 from factorkit.engine.trainer import Trainer
+from factorkit.nn.autoencoder import Autoencoder
+from factorkit.segdiff.autoencoder import AutoencoderConfig, AutoencoderTask
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.latents import LatentSpace
 from factorkit.segdiff.task import SegdiffTask
+from tests.engine.host_reads import Watched
 
 CPU = torch.device("cpu")
 
 
 UNET = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}
 UVIT = {"backbone": "uvit", "model_channels": 16, "depth": 3, "patch_size": 2}
+LATENT = {"latent_channels": 4, "latent_factor": 4, "resolution": 64, "masks": "auto"}
+LATENT_UVIT = {**LATENT, **UVIT, "masks": "network"}
+AUTOENCODER = {"autoencoder": True}
+SHARED = {"norm_groups": 4, "batch_size": 4, "steps": 8, "log_every": 4, "gradient_clip": 1.0, "warmup_steps": 3}
 
 
-def segdiff(folder, device=CPU, **changes) -> Trainer:
-    settings = {
-        "masks": "network",
-        "resolution": 16,
-        **(UNET if "backbone" not in changes else {}),
-        "norm_groups": 4,
-        "batch_size": 4,
-        "steps": 8,
-        "log_every": 4,
-        "gradient_clip": 1.0,
-        "warmup_steps": 3,
-    }
-    config = preset_config(None, **{**settings, **changes}).resolved()
-    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
-    return Trainer(SegdiffTask(config, images, images, device), config, folder, {}, device=device, progress=False)
-
-
-class HostTensors(TorchFunctionMode):
-    """Notes tensors made on the host: on a GPU, they would have to be copied to it."""
-
-    FACTORIES = frozenset(
-        {
-            torch.arange,
-            torch.empty,
-            torch.eye,
-            torch.full,
-            torch.linspace,
-            torch.ones,
-            torch.rand,
-            torch.randint,
-            torch.randn,
-            torch.tensor,
-            torch.zeros,
-        }
-    )
-
-    def __init__(self, found: list[str]):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        on_host = func in self.FACTORIES and kwargs.get("device") is None and args != ((0,),)  # (0,): of checkpoint
-        if on_host or func is torch.Tensor.new_tensor:
-            self.found.append(f"{func.__name__} on the host")
-        return func(*args, **kwargs)
-
-
-class Watched(TorchDispatchMode):
-    """Notes operations for which the host would wait for a GPU, and those that make a tensor of host numbers."""
-
-    WAITING = frozenset(
-        {
-            "_local_scalar_dense",
-            "bincount",
-            "equal",
-            "is_nonzero",
-            "lift_fresh",
-            "linalg_qr",
-            "masked_select",
-            "nonzero",
-            "unique2",
-            "_unique2",
-        }
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-        self.host_tensors = HostTensors(self.found)
-
-    def __enter__(self):
-        self.host_tensors.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.host_tensors.__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
-        )
-        if name in self.WAITING or by_mask:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
+def make_trainer(folder, device=CPU, autoencoder=False, **changes) -> Trainer:
+    """Return a tiny training of segdiff, in pixels or in latents, or of an autoencoder."""
+    rng = np.random.default_rng(0)
+    if autoencoder:
+        config = AutoencoderConfig(**{**SHARED, "resolution": 16, "model_channels": 8, "crop_size": 8, **changes})
+    else:
+        settings = {"masks": "network", "resolution": 16, **(UNET if "backbone" not in changes else {}), **SHARED}
+        config = preset_config(None, **{**settings, **changes})
+    config, size = config.resolved(), changes.get("resolution", 16)
+    photos = rng.integers(0, 256, (12, size, size, 3), np.uint8)
+    if autoencoder:
+        task = AutoencoderTask(config, photos, photos, device)
+    elif config.latent_channels:
+        latents = rng.normal(size=(12, 2, 4, 16, 16)).astype(np.float16)
+        space = LatentSpace(Autoencoder(AutoencoderConfig(model_channels=8).sizes))
+        task = SegdiffTask(config, latents, photos, device, space=space)
+    else:
+        task = SegdiffTask(config, photos, photos, device)
+    return Trainer(task, config, folder, {}, device=device, progress=False)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}, UVIT],
+    [
+        {"extra_ema_decays": (0.5,)},
+        {"form": "thesis", "micro_batch_size": 3},
+        {"checkpoint_branches": True},
+        *(UVIT, LATENT, LATENT_UVIT, AUTOENCODER),
+    ],
 )
 @pytest.mark.slow
 def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
-    trainer = segdiff(tmp_path, **changes)
+    trainer = make_trainer(tmp_path, **changes)
     trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU
     take = trainer._training_step(Meter(CPU))
     take(0)
@@ -132,10 +75,14 @@ def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.state.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, UVIT], ids=["unet", "uvit"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, UVIT, LATENT, LATENT_UVIT, AUTOENCODER],
+    ids=["unet", "uvit", "latent", "latent uvit", "autoencoder"],
+)
 def test_training_step_tensors_stay_in_place(tmp_path, changes):
     """A graph knows addresses: every tensor the step reads or updates must be the same one in every step."""
-    trainer = segdiff(tmp_path, **changes)
+    trainer = make_trainer(tmp_path, **changes)
     meter = Meter(CPU)
     take = trainer._training_step(meter)
 
@@ -208,7 +155,7 @@ def test_convolutions_of_a_training_on_a_gpu_are_measured(tmp_path, monkeypatch)
     assert torch.backends.cudnn.benchmark
     devices = []
     monkeypatch.setattr(engine_step, "measure_convolutions", devices.append)
-    segdiff(tmp_path)._training_step(Meter(CPU))
+    make_trainer(tmp_path)._training_step(Meter(CPU))
     assert devices == [CPU]
 
 
@@ -315,7 +262,7 @@ def test_training_step_failed_capture_leaves_no_trace(tmp_path, fake_cuda):
     """Under capture nothing is computed, but generators have been drawn from and half a gradient stands."""
     ends = []
     for graph in (False, True):
-        trainer = segdiff(tmp_path / str(graph))
+        trainer = make_trainer(tmp_path / str(graph))
         take = trainer._training_step(Meter(CPU))
         calls = []
 
@@ -347,6 +294,9 @@ STEPS = [
     {"checkpoint_branches": True},
     {"checkpoint_branches": True, "dropout": 0.1},
     UVIT,
+    LATENT,
+    LATENT_UVIT,
+    AUTOENCODER,
 ]
 
 
@@ -357,7 +307,9 @@ def test_graphed_steps_equal_eager_steps(tmp_path, changes):
     device = torch.device("cuda", 0)
     ends = []
     for graph in (True, False):
-        trainer = segdiff(tmp_path / str(graph), device, cuda_graph=graph, precision="fp32", sample_every=0, **changes)
+        trainer = make_trainer(
+            tmp_path / str(graph), device, cuda_graph=graph, precision="fp32", sample_every=0, **changes
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*could not be captured")
             trainer.run()
@@ -372,7 +324,7 @@ def test_graphed_steps_equal_eager_steps(tmp_path, changes):
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_step_does_not_wait_for_the_gpu(tmp_path, changes, graph):
     device = torch.device("cuda", 0)
-    trainer = segdiff(tmp_path, device, cuda_graph=graph, log_every=50, **changes)
+    trainer = make_trainer(tmp_path, device, cuda_graph=graph, log_every=50, **changes)
     take = trainer._training_step(Meter(device))
     for step in range(WARM_UP + 1):
         take(step)

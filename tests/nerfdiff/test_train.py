@@ -35,6 +35,7 @@ STAGES = {
     "refine": (FitTask, {}, 22 + 3),
     "flip": (FitTask, {}, 22 + 4 + 7),
     "distil": (DistilTask, {}, 4),
+    "distil, transformer": (DistilTask, {"poses": "known", "encoder": "vit", "encoder_depth": 2}, 4),
     "joint": (JointTask, {"search": "joint"}, 4),
     "joint, letter": (JointTask, {"search": "joint", "balance_candidates": False, "candidate_type": "thesis"}, 4),
     "tune": (JointTask, {"finetune_steps": 5}, 4),
@@ -51,6 +52,8 @@ STAGES = {
 def test_training_interrupted_in_any_stage_resumes_bit_identically(stage, tmp_path, scene_views, tiny, monkeypatch):
     task, changes, fatal = STAGES[stage]
     settings = tiny | changes
+    if changes.get("encoder") == "vit":
+        del settings["channel_mult"]
     train_nerfdiff(scene_views, out=tmp_path / "whole", **settings)
     plain, calls = task.loss, [0]
 

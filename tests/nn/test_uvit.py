@@ -1,14 +1,12 @@
-"""The transformer with long skips against its equations, written token by token with the same weights."""
+"""The parts of the transformer with long skips against their equations, with the same weights."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 
-from factorkit.nn.uvit import PIXEL_CHANNELS, TokenDecoder, TokenEncoder, TokenMaskHead, TransformerBlock
+from factorkit.nn.uvit import TokenDecoder, TokenEncoder, TokenMaskHead, TransformerBlock
+from tests.nn.naive_uvit import as_tokens, naive_block, naive_decoder, naive_encoder, naive_pixels
 
 D, HEADS, EMBED = 16, 2, 8
 
@@ -25,78 +23,11 @@ def randomize(module):
     return module.double()
 
 
-def naive_norm(norm, v):
-    """Normalise one token [C]."""
-    return v / (v.square().mean() + 1e-3).sqrt() * norm.weight + norm.bias
-
-
-def apply(linear, v):
-    """Apply a 1x1 convolution to one token [C]."""
-    return linear.weight[:, :, 0, 0] @ v + linear.bias
-
-
-def naive_attention(attention, tokens):
-    """Attend within a list of tokens [C], head by head."""
-    size = D // HEADS
-    out = [torch.zeros(D, dtype=torch.float64) for _ in tokens]
-    normed = lambda v: v / (v.square().mean() + 1e-3).sqrt() * attention.gain  # noqa: E731
-    for head in range(HEADS):
-        part = slice(head * size, (head + 1) * size)
-        queries = [normed(apply(attention.qk, v)[:D][part]) for v in tokens]
-        keys = [normed(apply(attention.qk, v)[D:][part]) for v in tokens]
-        values = [apply(attention.v, v)[part] for v in tokens]
-        for i, query in enumerate(queries):
-            weights = torch.stack([query @ key / math.sqrt(size) for key in keys]).softmax(0)
-            out[i][part] = sum(w * value for w, value in zip(weights, values, strict=True))
-    return [apply(attention.project, v) for v in out]
-
-
-def naive_block(block, tokens, embedding, skips=None, mask=None):
-    """Transform a list of tokens [C] of one image by a block; ``mask`` holds a number for each token."""
-    if skips is not None:
-        mask = [1.0] * len(tokens) if mask is None else mask
-        joined = [torch.cat([u, m * s]) for u, s, m in zip(tokens, skips, mask, strict=True)]
-        tokens = [apply(block.merge, v) for v in joined]
-    a1, b1, g1, a2, b2, g2 = block.modulation(F.silu(embedding)).chunk(6)
-    mixed = naive_attention(block.attention, [naive_norm(block.norm1, v) * (1 + a1) + b1 for v in tokens])
-    tokens = [v + g1 * h for v, h in zip(tokens, mixed, strict=True)]
-    hidden = [apply(block.expand, naive_norm(block.norm2, v) * (1 + a2) + b2) for v in tokens]
-    return [v + g2 * apply(block.contract, F.silu(h)) for v, h in zip(tokens, hidden, strict=True)]
-
-
-def naive_patches(encoder, x):
-    """Return the tokens of one image [3, H, W]: patches in reading order, times the weights, plus their positions."""
-    p = encoder.patch.kernel_size[0]
-    rows, columns = x.shape[1] // p, x.shape[2] // p
-    cells = [x[:, r * p : (r + 1) * p, c * p : (c + 1) * p] for r in range(rows) for c in range(columns)]
-    places = encoder.position[0].flatten(1).T
-    return [
-        torch.einsum("oijk,ijk->o", encoder.patch.weight, cell) + encoder.patch.bias + place
-        for cell, place in zip(cells, places, strict=True)
-    ]
-
-
-def naive_pixels(head, tokens, side):
-    """Map tokens [C] of one image, ``side`` in a row, to [out, H, W]."""
-    scale = head.scale
-    image = torch.zeros(PIXEL_CHANNELS, side * scale, side * scale, dtype=torch.float64)
-    for i, v in enumerate(tokens):
-        cell = apply(head.expand, F.silu(naive_norm(head.norm_out, v))).reshape(scale, scale, PIXEL_CHANNELS)
-        top, left = i // side * scale, i % side * scale
-        image[:, top : top + scale, left : left + scale] = cell.permute(2, 0, 1)
-    return head.conv_out(F.silu(image)[None])[0]
-
-
 def build(patch=2, resolution=8, depth=2):
     encoder = TokenEncoder(3, D, depth, patch, (resolution, resolution), EMBED, num_heads=HEADS)
     decoder = TokenDecoder(D, encoder.skip_channels, D, patch, EMBED, 3, num_heads=HEADS)
     middle = TransformerBlock(D, EMBED, num_heads=HEADS)
     return randomize(encoder), randomize(middle), randomize(decoder)
-
-
-def as_tokens(x):
-    """Return the tokens [C] of features [C, h, w]."""
-    return list(x.flatten(1).T)
 
 
 @torch.no_grad()
@@ -106,16 +37,11 @@ def test_encoder_middle_and_decoder_equal_plain_loops():
     skips = encoder(x, embedding)
     out = decoder(middle(skips[-1], embedding), skips, embedding)
     for n in range(2):
-        tokens, stored = naive_patches(encoder, x[n]), []
-        for block in encoder.blocks:
-            tokens = naive_block(block, tokens, embedding[n])
-            stored.append(tokens)
+        stored = naive_encoder(encoder, x[n], embedding[n])
         for feature, expected in zip(skips, stored, strict=True):
             torch.testing.assert_close(as_tokens(feature[n]), expected)
-        tokens = naive_block(middle, tokens, embedding[n])
-        for block in decoder.blocks:
-            tokens = naive_block(block, tokens, embedding[n], stored.pop())
-        torch.testing.assert_close(out[n], naive_pixels(decoder, tokens, 2))
+        tokens = naive_block(middle, stored[-1], embedding[n])
+        torch.testing.assert_close(out[n], naive_decoder(decoder, tokens, stored, embedding[n], 2))
 
 
 @torch.no_grad()
@@ -125,11 +51,11 @@ def test_branches_of_the_decoder_equal_plain_loops_over_masked_skips():
     masks, embedding = torch.rand(2, 3, 4, 4).double(), torch.randn(6, EMBED).double()
     out = decoder(h, skips, embedding, [masks])
     for n in range(2):
+        stored = [as_tokens(skip[n]) for skip in skips]
         for k in range(3):
-            tokens, mask = as_tokens(h[n]), masks[n, k].flatten().tolist()
-            for block, skip in zip(decoder.blocks, reversed(skips), strict=True):
-                tokens = naive_block(block, tokens, embedding[3 * n + k], as_tokens(skip[n]), mask)
-            torch.testing.assert_close(out[3 * n + k], naive_pixels(decoder, tokens, 4))
+            branch, mask = 3 * n + k, masks[n, k].flatten()
+            expected = naive_decoder(decoder, as_tokens(h[n]), stored, embedding[branch], 4, mask)
+            torch.testing.assert_close(out[branch], expected)
 
 
 @torch.no_grad()

@@ -9,32 +9,39 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import factorkit
 from factorkit.cli.main import main
 from factorkit.reproduce.experiments.generated_images import count_multiply_adds
+from factorkit.segdiff.autoencoder import AutoencoderConfig
 from factorkit.segdiff.baselines.datasetddpm import pixel_features
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.presets import PRESETS
 from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.settle import choose_autoencoder, set_sizes
 from factorkit.utils.errors import ConfigError
 from tests.segdiff.conftest import randomize_weights
 
 UVIT = {"backbone": "uvit", "resolution": 16, "model_channels": 16, "depth": 3, "patch_size": 2, "num_heads": 2}
 RUN = {**UVIT, "regions": 2, "batch_size": 4, "steps": 2, "mixture_steps": 2, "distil_steps": 2, "norm_groups": 4}
 
-# Parameters in millions and multiply-adds in 10^9 of the presets' networks, as in docs/backbones.md.
+# Parameters in millions, and multiply-adds in 10^9 with the preset's regions and with one, as in docs/backbones.md.
 COUNTS = {
-    "fast32": (0.70, 0.169),
-    "rooms32": (1.39, 0.896),
-    "fast64": (1.45, 0.745),
-    "uvit32": (2.29, 0.162),
-    "uvit64": (2.31, 0.771),
-    "uvit128": (2.46, 0.968),
-    "flowers64": (193.7, 122.3),
-    "flowers128": (152.4, 208.0),
+    "fast32": (0.70, 0.169, 0.075),
+    "rooms32": (1.39, 0.896, None),
+    "fast64": (1.45, 0.745, 0.317),
+    "uvit32": (2.29, 0.162, 0.105),
+    "uvit64": (2.31, 0.771, 0.507),
+    "uvit128": (2.46, 0.968, 0.543),
+    "flowers64": (193.7, 122.3, 39.7),
+    "flowers128": (152.4, 208.0, 66.4),
 }
+# The same in latents of photos of 128 pixels, 4 x 32 x 32.
+LATENT_COUNTS = {"fast32": (0.70, 0.170, 0.0752), "uvit32": (2.29, 0.163, 0.106), "fast64": (1.45, 0.187, 0.0795)}
+# Parameters in millions, and multiply-adds in 10^9 of encoder and decoder, by the side of the photo.
+AUTOENCODER_COUNTS = {128: (0.405, 0.0232, 0.667), 256: (0.422, 0.0352, 0.712)}
 
 
 def make_images(count=12):
@@ -127,14 +134,44 @@ def test_preset_of_another_backbone_keeps_its_training_and_takes_the_sizes():
     assert back.make_backbone() == preset_config("fast32").resolved().make_backbone()
 
 
+def count(config):
+    with torch.device("meta"):
+        parameters = count_parameters(config.build())
+    return parameters / 1e6, count_multiply_adds(config) / 1e9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "counts"), COUNTS.items())
 def test_parameters_and_multiply_adds_of_presets_are_those_of_the_docs(preset, counts):
-    config = preset_config(preset, masks="network").resolved()
-    with torch.device("meta"):
+    assert count(preset_config(preset, masks="network").resolved()) == pytest.approx(counts[:2], rel=1e-2)
+    if counts[2]:
+        plain = preset_config(preset, masks="network", regions=1).resolved()
+        assert count(plain)[1] == pytest.approx(counts[2], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "counts"), LATENT_COUNTS.items())
+def test_parameters_and_multiply_adds_of_networks_in_latents_are_those_of_the_docs(preset, counts):
+    for regions, expected in ((2, counts[:2]), (1, counts[2:])):
+        config = preset_config(preset, masks="network", resolution=128, regions=regions)
+        sizes = choose_autoencoder(preset, config)[0]
+        config = set_sizes(config, sizes["latent_channels"], sizes["downsample"]).resolved()
+        assert count(config)[-len(expected) :] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "counts"), AUTOENCODER_COUNTS.items())
+def test_parameters_and_multiply_adds_of_autoencoders_are_those_of_the_docs(side, counts):
+    config = AutoencoderConfig.from_dict(choose_autoencoder("fast32", preset_config("fast32", resolution=side))[0])
+    found, small = [], side // config.downsample
+    with torch.device("meta"), torch.no_grad():
         model = config.build()
-    assert count_parameters(model) / 1e6 == pytest.approx(counts[0], rel=1e-2)
-    assert count_multiply_adds(config) / 1e9 == pytest.approx(counts[1], rel=1e-2)
+        latents = torch.empty(1, config.latent_channels, small, small)
+        for run, x in ((model.encode, torch.empty(1, 3, side, side)), (model.decode, latents)):
+            with FlopCounterMode(display=False) as counter:
+                run(x)
+            found.append(counter.get_total_flops() / 2e9)
+    assert (count_parameters(model) / 1e6, *found) == pytest.approx(counts, rel=1e-2)
 
 
 def test_presets_without_counts_have_the_network_of_one_with_counts():

@@ -27,7 +27,7 @@ from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
-from tests.engine.test_step import Watched
+from tests.engine.host_reads import Watched
 from tests.engine.trained import assert_identical, final_state
 
 TINY = {

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 import factorkit
+from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import CheckpointError
+from tests.engine.test_step import LATENT, LATENT_UVIT, make_trainer
 from tests.engine.trained import assert_identical, final_state
 
 UNET = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
@@ -47,6 +49,20 @@ def test_train_resumed_is_bit_identical_and_other_settings_raise(tmp_path, chang
     assert_identical(run.model.state_dict(), loaded.model.state_dict())
     with pytest.raises(CheckpointError, match=r"regions: 2 there, 3 requested|regions: 3 there, 2 requested"):
         train_tiny(tmp_path / "parts", regions=5 - run.config.regions, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{**UVIT, "masks": "auto"}, LATENT, {**LATENT_UVIT, "masks": "auto"}],
+    ids=["uvit", "latent", "latent uvit"],
+)
+def test_training_with_object_masks_resumed_is_bit_identical(tmp_path, monkeypatch, changes):
+    """The stages before it are the same for all networks; they and previews would take most of the time."""
+    monkeypatch.setattr(SegdiffTask, "inspect", lambda *arguments: {})
+    for out, all_steps in (("whole", [4]), ("parts", [1, 4])):
+        for steps in all_steps:
+            make_trainer(tmp_path / out, **{**changes, "steps": steps, "dropout": 0.1}).run()
+    assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
 def test_train_killed_at_random_moments_is_bit_identical(tmp_path):

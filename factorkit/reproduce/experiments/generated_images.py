@@ -85,10 +85,13 @@ def fid(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
 
 
 def count_multiply_adds(config: ResolvedSegdiffConfig) -> int:
-    """Count the multiply-adds of one forward pass of one image, in convolutions and matrix products alone."""
+    """Count the multiply-adds of one forward pass of one image, in convolutions and matrix products alone.
+
+    In a space of latents, those of the denoiser, without the autoencoder.
+    """
     with torch.device("meta"):
         model = config.build().eval()
-        image = torch.empty(1, 3, config.resolution, config.resolution)
+        image = torch.empty(1, config.make_backbone().image_channels, config.side, config.side)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(image, torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops() // 2

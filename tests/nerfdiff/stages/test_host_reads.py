@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factorkit.engine.cuda_graph import WARM_UP
-from tests.engine.test_step import Watched
+from tests.engine.host_reads import Watched
 from tests.nerfdiff.forward import forward_views
 
 pytest.importorskip("triton", reason="benchmarks.contenders counts launches of Triton's kernels")
@@ -27,6 +27,7 @@ CASES = {
     "unbounded": ("fit", {"unbounded": "yes"}),
     "forward": ("refine", {}),
     "distil": ("distil", {}),
+    "distil of a transformer": ("distil", {"encoder": "vit", "encoder_depth": 2}),
     "joint": ("joint", {}),
     "joint forward": ("joint", {"optimize_camera": ()}),
 }
@@ -44,11 +45,13 @@ def as_on_a_gpu(monkeypatch):
 def make_step(scene_views, tiny):
     """``make_step(case, device, ...)``: a training step of a stage."""
     settings = {name: value for name, value in tiny.items() if name not in ("preset", "device", "progress")}
+    transformer = {name: value for name, value in settings.items() if name != "channel_mult"}
 
     def make(case, device, **changes):
         stage, own = CASES[case]
         views = forward_views(size=(6, 8), columns=3, rows=3) if "forward" in case else scene_views
-        return make_nerfdiff_step(stage, torch.device(device), views, **{**settings, **own, **changes})
+        shared = transformer if own.get("encoder") == "vit" else settings
+        return make_nerfdiff_step(stage, torch.device(device), views, **{**shared, **own, **changes})
 
     return make
 
