@@ -1,13 +1,13 @@
-"""Which search finds the poses of a run, what search="auto" tried, and structure from motion before the training."""
+"""Which search finds the poses of a run, and which one follows a rejected one; structure from motion for a run."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,18 @@ from factorkit.data.video import is_video
 from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
-from factorkit.engine.run_folder import CONFIG, check_claim, claimed, locked, read_object, read_settings, write_json
-from factorkit.engine.run_log import RunLog
+from factorkit.engine.run_folder import CONFIG, check_claim, claimed, locked, read_settings
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
 from factorkit.nerfdiff.scene import Scene, choose_unbounded
+from factorkit.nerfdiff.search_record import FILE, SearchRecord, Trial, exchange, judge_run, load_record
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
 from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.sfm import SfmResult, find_cameras
-from factorkit.nerfdiff.verdict import MASK_FAILURES, write_report
-from factorkit.report.content import judged_alarms
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
-from factorkit.utils.files import read_log
 
 MIN_SIDE = 256  # pixels of the longer side below which images have too few features for structure from motion
 SAMPLES = 5  # pairs of neighbouring views, evenly spaced, among which matches are counted
@@ -39,68 +36,9 @@ MIN_MATCHING = 0.6  # share of the sampled views that must match another for str
 MIN_REGISTERED = 0.6  # share of the views that structure from motion must register
 MIN_VIEWS = 4
 MIN_SIDE_AFTER_DICTIONARY = 128  # pixels; there is nothing to lose
-FILE = "search.json"
-REJECTED_FOLDER = "rejected"  # in a run folder, for the trainings of rejected searches
 
 
 Prepared = Callable[["PoseSearch"], tuple[Views, Scene, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One search that was tried.
-
-    Attributes:
-        search: its name.
-        cross: the held-out error, as a share of the views' variance; None: not measured.
-        problem: why its poses were rejected; "": they were not.
-    """
-
-    search: str
-    cross: float | None = None
-    problem: str = ""
-
-    def describe(self) -> str:
-        """Return name, figure and outcome."""
-        figure = "not measured" if self.cross is None else f"{self.cross:.3f} of the variance"
-        outcome = f"rejected: {self.problem}" if self.problem else "no alarm went off"
-        return f'search="{self.search}": held-out error {figure}; {outcome.rstrip(".")}.'
-
-
-@dataclass(frozen=True)
-class SearchRecord:
-    """The searches that were tried in a run folder.
-
-    Attributes:
-        trials: in their order.
-        next: the search that takes the place of the rejected one in the folder; "": none.
-    """
-
-    trials: tuple[Trial, ...] = ()
-    next: str = ""
-
-    def has(self, search: str) -> bool:
-        """Return whether a search was tried."""
-        return any(trial.search == search for trial in self.trials)
-
-    def add(self, trial: Trial) -> SearchRecord:
-        """Return the record with a trial in place of an earlier one of the same search."""
-        return SearchRecord((*(t for t in self.trials if t.search != trial.search), trial), self.next)
-
-    def save(self, folder: Path) -> None:
-        """Write the record into a run folder; raises CheckpointError if that fails."""
-        write_json(folder / FILE, asdict(self))
-
-    def store(self, folder: Path, notes: tuple[str, ...] = ()) -> list[str]:
-        """Save the record, and write it once into the log of the run, for its report; return it as sentences."""
-        self.save(folder)
-        lines = [*(f"Tried {trial.describe()}" for trial in self.trials), *notes]
-        logged = [event.get("lines") for event in read_log(folder) if event.get("event") == "search"]
-        if lines not in logged[-1:]:
-            with RunLog(folder) as log:
-                log.event("search", lines=lines)
-            write_report(folder)
-        return lines
 
 
 @dataclass(frozen=True)
@@ -157,13 +95,10 @@ def choose_search(request: RunRequest) -> PoseSearch:
     if config.search != "auto":
         return _find_by_sfm(request, stored) if config.search == "sfm" else PoseSearch(config)
     record = distributed.run_on_first(lambda: load_record(request.folder))
-    if "scene" in stored and record.next not in ("", stored["search"]):  # a change of the search was interrupted
+    if record.next and ("scene" not in stored or stored["search"] != record.next):  # a change was interrupted
         return _change_search(request, record)
     if "scene" in stored:
-        config = replace(config, search=stored["search"])
-        return _find_by_sfm(replace(request, config=config), stored) if config.search == "sfm" else PoseSearch(config)
-    if record.next:
-        return _find_by_sfm(replace(request, config=_with_search(config, record.next)), stored)
+        return _resume_search(request, stored["search"], stored)
     name, reason = distributed.run_on_first(lambda: decide(request.data, request.reading))
     note = f'search="{name}": {reason}.'
     if name == "sfm":
@@ -177,12 +112,14 @@ def choose_search(request: RunRequest) -> PoseSearch:
 
 
 def choose_next_search(request: RunRequest, search: PoseSearch) -> tuple[PoseSearch | None, list[str]]:
-    """Judge the finished run of a search that was chosen; if alarms reject it, try structure from motion unless tried.
+    """Judge the finished run of a search that was chosen; if alarms reject it, let the other search follow.
 
-    Runs of earlier versions, without a record, stay as they are. Collective.
+    If both are rejected, the one with the lower held-out error is kept. Runs of earlier versions, without a record,
+    stay as they are. Collective.
 
     Returns:
-        The search to train by instead, or None if the run stays; and sentences on what was tried with what figures.
+        The search whose training takes the place of this one, or None if the run stays; and sentences on what was
+        tried with what figures.
     """
     if request.config.search != "auto" or request.config.poses != "predicted":
         return None, []
@@ -191,29 +128,47 @@ def choose_next_search(request: RunRequest, search: PoseSearch) -> tuple[PoseSea
         return None, []
     record, trial = distributed.run_on_first(lambda: (load_record(folder), judge_run(folder, name)))
     record, notes = record.add(trial), tuple[str, ...]()
-    if trial.problem and not record.has("sfm"):
-        why_not = distributed.run_on_first(lambda: _why_no_sfm(request.data, request.reading))
-        if why_not:
-            notes = (f'search="sfm" was not tried: {why_not}.',)
-        else:
-            found, sfm_trial = _try_sfm(request, locked(folder), 'search="sfm": alarms rejected the dictionary.')
-            if found is not None:
-                record = replace(record, next="sfm")
+    if trial.problem:
+        other = "dictionary" if name == "sfm" else "sfm"
+        rival = record.find(other) or _try_search(request, other)
+        if isinstance(rival, Trial):
+            record = record.add(rival) if rival.problem else record
+            if rival.is_better_than(trial):
+                record = replace(record, next=other)
                 distributed.run_on_first(lambda: record.save(folder))
-                return _change_search(request, record), [f'Rejected: {trial.problem}. Tried next: search="sfm".']
-            record = record.add(sfm_trial)
-    return None, distributed.run_on_first(lambda: record.store(folder, notes))
+                reason = ", rejected too, but with a lower held-out error" if rival.problem else ""
+                note = f'Rejected: {trial.problem}. Tried next: search="{other}"{reason}.'
+                return _change_search(request, record), [note]
+        else:
+            notes = (f'search="{other}" was not tried: {rival}.',)
+    return None, distributed.run_on_first(lambda: record.store(folder, name, notes))
+
+
+def _try_search(request: RunRequest, name: str) -> Trial | str:
+    """Return the first trial of the search that may follow a rejected one, or why it cannot."""
+    if name == "sfm":
+        find = partial(_find_obstacle, request.data, request.reading, MIN_SIDE_AFTER_DICTIONARY)
+        place, choice = locked(request.folder), 'search="sfm": alarms rejected the dictionary.'
+        return distributed.run_on_first(lambda: find()[0]) or _try_sfm(request, place, choice)[1]
+    config = _with_search(request.config, name)
+    try:
+        _, scene, _ = request.prepare(PoseSearch(config))
+        choose_unbounded(config, scene)
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return Trial(name)
 
 
 def _change_search(request: RunRequest, record: SearchRecord) -> PoseSearch:
+    """Let the training of a record's next search take the place of the rejected one, from its start if it has none."""
     with distributed.enter_on_first(locked(request.folder)):
-        distributed.run_on_first(lambda: set_aside(request.folder, request.settings))
-    return _find_by_sfm(replace(request, config=_with_search(request.config, record.next)), {})
+        distributed.run_on_first(lambda: exchange(request.folder, record.next, request.settings))
+    return _resume_search(request, record.next, read_stored_settings(request.folder))
 
 
-def _why_no_sfm(data: Any, reading: dict[str, Any]) -> str:
-    """Return why structure from motion cannot follow a rejected dictionary; "" if it can."""
-    return _find_obstacle(data, reading, MIN_SIDE_AFTER_DICTIONARY)[0]
+def _resume_search(request: RunRequest, name: str, stored: dict[str, Any]) -> PoseSearch:
+    config = _with_search(request.config, name)
+    return _find_by_sfm(replace(request, config=config), stored) if name == "sfm" else PoseSearch(config)
 
 
 def _find_obstacle(data: Any, reading: dict[str, Any], min_side: int) -> tuple[str, Sequence[LazyView] | Views]:
@@ -329,44 +284,3 @@ def read_stored_settings(folder: Path) -> dict[str, Any]:
     Process 0 may write them as soon as it has read them, before another process would.
     """
     return distributed.run_on_first(lambda: read_settings(folder) if (folder / CONFIG).is_file() else {})
-
-
-def load_record(folder: Path) -> SearchRecord:
-    """Load the record of a run folder; an empty one if there is none.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    if not (folder / FILE).is_file():
-        return SearchRecord()
-    values = read_object(folder / FILE)
-    return SearchRecord(tuple(Trial(**trial) for trial in values["trials"]), values["next"])
-
-
-def judge_run(folder: Path, search: str) -> Trial:
-    """Return the trial of a finished run, by its newest alarms; those of its masks say nothing about the search."""
-    alarms, failures = judged_alarms(read_log(folder))
-    failures = [failure for failure in failures if failure not in (alarms or {}).get(MASK_FAILURES, ())]
-    cross = (alarms or {}).get("held_out_cross")
-    return Trial(search, None if cross is None else float(cross), "; ".join(failures))
-
-
-def set_aside(folder: Path, settings: dict[str, Any]) -> None:
-    """Move the training of a rejected search into ``rejected/<search>``; the folder is then of a run without a scene.
-
-    A call that was interrupted is completed by the next one. What structure from motion left stays.
-
-    Args:
-        folder: of the run, which is locked.
-        settings: of the run for the next search.
-    """
-    search = read_settings(folder)["search"]
-    target = folder / REJECTED_FOLDER / search
-    (target / "stages").mkdir(parents=True, exist_ok=True)
-    parts = [path for path in folder.iterdir() if path.name not in (CONFIG, FILE, REJECTED_FOLDER, "stages")]
-    parts += [path for path in (folder / "stages").iterdir() if path.name != SFM_FOLDER.name]
-    for path in parts:
-        if not path.name.startswith("."):
-            path.rename(target / path.relative_to(folder))
-    shutil.copyfile(folder / CONFIG, target / CONFIG)
-    write_json(folder / CONFIG, settings)

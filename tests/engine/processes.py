@@ -3,8 +3,9 @@
 python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopped``: two processes of which one gets
 SIGTERM; ``aside``: two, in shards, of which the first draws a preview until the second is two steps further;
 ``spoilt``: two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's
-agent; ``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks
-of this one, which has imported torch but never used it.
+agent; ``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards; ``registered_<processes>``:
+by structure from motion, or its stand-in, without cameras for two of the views. The processes are forks of this one,
+which has imported torch but never used it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ import torch.distributed.tensor
 from benchmarks import tiny_runs
 from factorkit.engine import sharding
 from factorkit.engine.step import StepLoss
+from factorkit.nerfdiff import search, unregistered
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils import distributed
 from factorkit.utils.errors import DataError
+from tests.nerfdiff.registered import stand_in
 
 #: by name: the training, its settings, and in how many processes beside one, with what changes of settings
 RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
@@ -156,6 +159,13 @@ def aside(out: Path, rank: int, world: int) -> None:
         assert 0.4 * most < mine < 0.6 * most, (mine, most)
 
 
+def registered(out: Path) -> None:
+    for name, value in stand_in("sfm").items():
+        setattr(search, name, value)
+    unregistered.MAX_ERROR_RATIO, unregistered.REFINE_STEPS = float("inf"), 8
+    train("nerfdiff", out, search="sfm")
+
+
 def spoilt(out: Path) -> None:
     def inspect(step: int) -> dict[str, Any]:
         raise DataError(f"no image at step {step}")
@@ -203,6 +213,7 @@ def main(folder: Path) -> None:
             assert codes == [0] * world, (name, world, codes)
     for world in (1, 2):
         assert run(world, lambda rank, world=world: aside(folder / f"aside_{world}", rank, world)) == [0] * world
+        assert run(world, lambda rank, world=world: registered(folder / f"registered_{world}")) == [0] * world
     assert run(2, lambda rank: spoilt(folder / "spoilt")) == [1, 1]
     codes = run(2, lambda rank: stopped(folder / "stopped", rank))
     assert codes == [143, 143], codes

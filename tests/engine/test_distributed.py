@@ -12,6 +12,7 @@ import torch
 
 import factorkit
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.nerfdiff.registered_views import load_localised
 from factorkit.utils import distributed
 from factorkit.utils.distributed import agree_on_name, join_processes
 from factorkit.utils.errors import ConfigError
@@ -98,6 +99,13 @@ def test_distributed_no_process_waits_for_a_preview(runs):
     left = [sorted(p.name for p in (runs / f"aside_{n}/checkpoints").iterdir()) for n in (1, 2)]
     assert left[0] == left[1] == ["best.json", "step_00000002.safetensors", "step_00000006.safetensors"]
     assert (runs / "aside_1/checkpoints/best.json").read_text() == (runs / "aside_2/checkpoints/best.json").read_text()
+
+
+@pytest.mark.slow
+def test_distributed_localised_views_are_those_of_one_process(runs):
+    alone, together = (load_localised(runs / f"registered_{n}") for n in (1, 2))
+    assert alone.names == together.names == ("8", "9") and alone.others == together.others == ()
+    torch.testing.assert_close(together.poses, alone.poses, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

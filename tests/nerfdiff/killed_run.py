@@ -1,7 +1,7 @@
 """Train the tiny nerfdiff twice, ``whole`` in one go and ``killed`` by SIGKILL in every stage. For test_kill.py.
 
-python killed_run.py FOLDER prints in which stages kills fell. The runs are forks of this process, which has imported
-torch but never used it: starting afresh after each kill would take most of the time.
+python killed_run.py FOLDER writes to kills.json there in which stages kills fell. The runs are forks of this process,
+which has imported torch but never used it: starting afresh after each kill would take most of the time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ import torch
 import torch._dynamo
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint, pipeline, pose_search, stage_training
+from factorkit.nerfdiff import held_out, search, search_record, unregistered
+from factorkit.nerfdiff.fields import gaussians
+from factorkit.nerfdiff.search_record import REJECTED_FOLDER, Trial
+from factorkit.nerfdiff.stages import dictionary, distil, joint, localise, pipeline, pose_search, stage_training
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import orbit
+from tests.nerfdiff.registered import stand_in
 
+SFM_STAGES = ["sfma", "refine", "distil", "cross 6a", "cross 6b", "shared 6a", "shared 6b"]  # "sfma": its first check
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
     "dictionary": ({"finetune_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
@@ -35,6 +39,13 @@ RUNS = {
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
     "room": ({"poses": "known", "unbounded": "yes"}, ["fit"]),
+    # killed while it is drawn at a quarter, and at half of its pixels
+    "gaussians": (
+        {"poses": "learned", "field": "gaussians", "num_gaussians": 30, "gaussian_steps": 16},
+        ["gaussians", "gaussians"],
+    ),
+    # both searches are rejected; the first one is taken up again
+    "registered": ({"unbounded": "no"}, [*SFM_STAGES, "localise", "set aside", "search", "take up"]),
 }
 TINY = {
     "preset": "demo",
@@ -71,9 +82,46 @@ def views(poses: bool) -> Views:
     return Views(images, [str(i) for i in range(10)], intrinsics, poses=orbit(10, 3.0, 20.0) if poses else None)
 
 
+def counted(loss):
+    """Let a random moment of the fatal step of a loss, or of the save after it, be the end."""
+    started = [0, 0.0]
+
+    def watched(*arguments):
+        started[0] += 1
+        if started[0] == 1:
+            started[1] = time.perf_counter()
+        if started[0] == FATAL:
+            step = (time.perf_counter() - started[1]) / (FATAL - 1)
+            threading.Timer(random.uniform(0, step), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return loss(*arguments)
+
+    return watched
+
+
+def die_moving(is_taken_up: bool) -> None:
+    """When a random part of a training is set aside, or taken up again."""
+    plain = search_record.list_training
+
+    def listed(folder):
+        paths = list(plain(folder))
+        if is_taken_up == (folder.parent.name == REJECTED_FOLDER):
+            yield from paths[: random.randint(0, len(paths))]
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from paths
+
+    search_record.list_training = listed
+
+
 def die_in(stage: str) -> None:
     """At a random moment of a step of that stage, or of the save after it."""
-    plain, started = pipeline.Training.train_stage, [0, 0.0]
+    if stage in ("set aside", "take up"):
+        die_moving(stage == "take up")
+        return
+    if stage == "localise":
+        minimise = localise.minimise
+        localise.minimise = lambda loss, *rest: minimise(counted(loss), *rest)
+        return
+    plain = pipeline.Training.train_stage
 
     def trainer(self, name, task, *rest, **changes):
         if name != stage:
@@ -81,23 +129,22 @@ def die_in(stage: str) -> None:
 
         def watched(config):
             made = task(config)
-            loss = made.loss
-
-            def counted(*arguments):
-                started[0] += 1
-                if started[0] == 1:
-                    started[1] = time.perf_counter()
-                if started[0] == FATAL:
-                    step = (time.perf_counter() - started[1]) / (FATAL - 1)
-                    threading.Timer(random.uniform(0, step), os.kill, (os.getpid(), signal.SIGKILL)).start()
-                return loss(*arguments)
-
-            made.loss = counted
+            made.loss = counted(made.loss)
             return made
 
         return plain(self, name, watched, *rest, **changes)
 
     pipeline.Training.train_stage = trainer
+
+
+def prepare_search() -> None:
+    """Let structure from motion and the dictionary be rejected, in this order; every check and pose is measured."""
+    for name, value in stand_in("sfm").items():
+        setattr(search, name, value)
+    crosses = {"sfm": 0.3, "dictionary": 0.5}
+    search.judge_run = lambda folder, name: Trial(name, crosses[name], "rejected")
+    pipeline.MIN_FIT_STEPS, held_out.MAX_CROSS["object"] = 6, np.inf
+    unregistered.MAX_ERROR_RATIO, unregistered.REFINE_STEPS = np.inf, 8
 
 
 def run(out: Path, changes: dict, stage: str | None) -> int:
@@ -110,7 +157,10 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
         pipeline.write_report = stage_training.write_report = lambda folder: None
         stage_training.HELD_OUT_STEPS = 6
         pose_search.RING_ELEVATIONS, pose_search.START_FIT["steps"] = (25.0,), 6
-        for module in (distil, fit, joint, search):
+        fit.MIN_COARSE_SIDE, gaussians.RELOCATE_EVERY = 8, 3
+        if out.parent.name == "registered":
+            prepare_search()
+        for module in (distil, fit, joint, dictionary):
             for image_grid in {"save_cameras", "save_model_previews"} & vars(module).keys():
                 setattr(module, image_grid, lambda *arguments, **options: None)
         if stage:
@@ -133,7 +183,7 @@ def main(folder: Path) -> None:
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, stage, status)
             kills.append(f"{name}: {stage}")
         assert run(folder / name / "killed", changes, None) == 0
-    print(json.dumps(kills))
+    (folder / "kills.json").write_text(json.dumps(kills))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,20 +8,35 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.utils.files import read_log
+from factorkit.nerfdiff.registered_views import LOCALISED
+from factorkit.utils.files import read_log, timeline
+from tests.engine.trained import run_script
+
+NO_STAGE = ("localise", "set aside", "take up")  # without checkpoints
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_train_killed_in_every_stage_resumes_bit_identically(tmp_path):
-    script = Path(__file__).with_name("killed_run.py")
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout)
-    assert [k for k in kills if k.startswith("dictionary")][4] == "dictionary: refine again" and len(kills) == 15
+    run_script(Path(__file__).with_name("killed_run.py"), tmp_path, timeout=900)
+    kills = json.loads((tmp_path / "kills.json").read_text())
+    assert [k for k in kills if k.startswith("dictionary")][4] == "dictionary: refine again" and len(kills) == 28
     for name in {k.split(":")[0] for k in kills}:
-        whole, killed = (Checkpoints(tmp_path / name / kind / "checkpoints").latest() for kind in ("whole", "killed"))
-        assert whole[1] == killed[1] and whole[0].keys() == killed[0].keys()
-        assert [k for k in whole[0] if not torch.equal(whole[0][k], killed[0][k])] == [], name
-        logs = [read_log(log.parent) for log in (tmp_path / name / "killed").rglob("log.jsonl")]
+        whole, killed = (tmp_path / name / kind for kind in ("whole", "killed"))
+        stages = {folder.relative_to(whole) for folder in whole.rglob("checkpoints")}
+        assert stages == {folder.relative_to(killed) for folder in killed.rglob("checkpoints")}
+        for stage in stages:
+            expected, found = (Checkpoints(run / stage).latest() for run in (whole, killed))
+            assert expected[1] == found[1] and expected[0].keys() == found[0].keys()
+            assert [k for k in expected[0] if not torch.equal(expected[0][k], found[0][k])] == [], (name, stage)
+        alarms, resumed_alarms = (timeline(read_log(run), "alarms")[-1] for run in (whole, killed))
+        assert alarms | {"time": 0} == resumed_alarms | {"time": 0}
+        logs = [read_log(log.parent) for log in killed.rglob("log.jsonl")]
         resumed = [event for log in logs for event in log if event["event"] == "resume"]
-        assert len(resumed) >= sum(k.startswith(name) for k in kills), "each kill left a checkpoint to go on from"
+        fatal = [k for k in kills if k.startswith(name) and k.split(": ")[1] not in NO_STAGE]
+        assert len(resumed) >= len(fatal), "each kill left a checkpoint to go on from"
+    runs = [tmp_path / "registered" / kind for kind in ("whole", "killed")]
+    for file in (LOCALISED, "search.json", "config.json", "rejected/dictionary/config.json"):
+        assert len({(run / file).read_text() for run in runs}) == 1
+    assert json.loads((runs[1] / LOCALISED).read_text())["names"] == ["8", "9"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from factorkit.metrics.pose import pose_errors
-from factorkit.nerfdiff import search, unregistered
+from factorkit.nerfdiff import search, search_record, unregistered
 from factorkit.nerfdiff.registered_views import LOCALISED
 from factorkit.nerfdiff.search import Trial
 from factorkit.nerfdiff.train import estimate, train_nerfdiff
@@ -91,7 +91,7 @@ def test_train_auto_rejected_dictionary_is_followed_by_structure_from_motion(
     train = partial(train_nerfdiff, photos, out=tmp_path / "run", **{**settings, "progress": True})
     if is_accepted:  # interrupted in the middle of the change from one to the other
         with monkeypatch.context() as patch:
-            patch.setattr(search, "shutil", Mock(copyfile=Mock(side_effect=KeyboardInterrupt)))
+            patch.setattr(search_record, "shutil", Mock(copyfile=Mock(side_effect=KeyboardInterrupt)))
             with pytest.raises(KeyboardInterrupt):
                 train()
     run, text = train(), capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_train_auto_rejected_dictionary_is_followed_by_structure_from_motion(
     assert 'Tried search="dictionary": held-out error 0.500 of the variance; rejected: not explained.' in text
     if is_accepted:
         assert run.config.search == "sfm" and (tmp_path / "run/rejected/dictionary/checkpoints").is_dir()
-        assert 'Tried search="sfm": held-out error 0.500 of the variance; no alarm went off.' in text
+        assert 'Tried search="sfm": held-out error 0.500 of the variance; not rejected.' in text
     else:
         assert run.config.search == "dictionary" and "of the variance; rejected: a field fitted to half" in text
     assert torch.equal(train().poses, run.poses)

@@ -427,7 +427,7 @@ def test_run_without_poses_refines_them_with_the_gaussians(tmp_path, poses):
 
 
 @pytest.mark.slow
-def test_run_with_gaussians_renders_exports_and_resumes_as_a_scene(tmp_path):
+def test_run_with_gaussians_known_poses_renders_and_exports_as_a_scene(tmp_path):
     data = make_procedural_views(12, 16, seed=1)
     settings = {"resolution": 16, "poses": "known", "field": "gaussians", "num_gaussians": 150, "gaussian_steps": 60}
     settings |= {"field_steps": 20, "steps": 2, "num_rendered_views": 2, "samples_per_ray": 12, "grid_resolution": 12}

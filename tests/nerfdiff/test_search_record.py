@@ -1,0 +1,138 @@
+"""What follows where alarms reject the poses of a search, with a stand-in for structure from motion."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from factorkit.engine.run_log import RunLog
+from factorkit.nerfdiff import search, search_record
+from factorkit.nerfdiff.box import box_checks
+from factorkit.nerfdiff.held_out import forward_direction_check
+from factorkit.nerfdiff.hull import HULL_CHECK
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.search_record import CAMERA_CHECKS, SPREAD_CHECKS, SearchRecord, Trial, judge_run
+from factorkit.nerfdiff.stages import stage_training
+from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.report.content import Check, log_checks, read_checks
+from factorkit.utils.files import read_log
+from tests.nerfdiff.registered import stand_in
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, scene_views, tiny):
+    """Return a training by search="auto"; arguments: the first search, what :func:`judge_run` returns, options."""
+
+    def train(first, judge, accept=True, **changes):
+        for name, value in stand_in(first, accept).items():
+            monkeypatch.setattr(search, name, value)
+        monkeypatch.setattr(search, "judge_run", lambda folder, name: judge[name])
+        monkeypatch.setattr(stage_training, "HELD_OUT_STEPS", 4)
+        return train_nerfdiff(scene_views, out=tmp_path / "run", **{**tiny, "progress": True, **changes})
+
+    return train
+
+
+def reject(**cross: float) -> dict[str, Trial]:
+    return {name: Trial(name, value, "not explained") for name, value in cross.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "for_sfm", "for_dictionary"),
+    [
+        ("held-out error", True, True),
+        ("azimuth spread", False, True),
+        (HULL_CHECK, False, False),
+        ("object masks: views whose mask reaches the border", False, False),
+        ("opacity at the box's faces", False, False),
+    ],
+)
+def test_judge_run_failed_checks_of_cameras_alone_reject(tmp_path, name, for_sfm, for_dictionary):
+    with RunLog(tmp_path) as log:
+        checks = [Check(name, 0.5, high=0.2, failures=("a long sentence",)), Check("duplication", 0.0, high=0.05)]
+        log.event("alarms", step=1, held_out_cross=0.5, **log_checks(checks))
+    problem = f"{name}: failed, 0.500 (at most 0.2)"
+    assert judge_run(tmp_path, "sfm") == Trial("sfm", 0.5, problem if for_sfm else "")
+    assert judge_run(tmp_path, "dictionary") == Trial("dictionary", 0.5, problem if for_dictionary else "")
+
+
+def test_judge_run_all_checks_of_a_run_are_of_cameras_or_named_here(finished):
+    names = {check["name"] for check in read_checks(read_log(finished.folder))}
+    of_cameras = CAMERA_CHECKS | SPREAD_CHECKS
+    assert {*names, forward_direction_check(finished.poses).name} >= of_cameras
+    box = {check.name for check in box_checks(finished.model.field, None, finished.poses, "forward")}
+    assert names - of_cameras == {*box, HULL_CHECK, "disparity noise"}
+
+
+def test_search_record_add_again_keeps_the_order():
+    record = SearchRecord().add(Trial("sfm")).add(Trial("dictionary")).add(Trial("sfm", 0.5))
+    assert [trial.search for trial in record.trials] == ["sfm", "dictionary"]
+    assert record.find("sfm") == Trial("sfm", 0.5) and record.find("joint") is None
+
+
+@pytest.mark.slow
+def test_train_auto_rejected_structure_from_motion_is_followed_by_the_dictionary(tmp_path, train, monkeypatch, capsys):
+    judge = reject(sfm=0.3) | {"dictionary": Trial("dictionary", 0.5)}
+    with monkeypatch.context() as patch:  # interrupted in the middle of the change from one to the other
+        patch.setattr(search_record, "shutil", Mock(copyfile=Mock(side_effect=KeyboardInterrupt)))
+        with pytest.raises(KeyboardInterrupt):
+            train("sfm", judge)
+    run, text = train("sfm", judge), capsys.readouterr().err
+    assert run.config.search == "dictionary" and len(run.views) == 10
+    assert 'Tried search="sfm": held-out error 0.300 of the variance; rejected: not explained.' in text
+    assert 'Tried search="dictionary": held-out error 0.500 of the variance; not rejected.' in text
+    assert 'Kept search="dictionary".' in text and not run.localised.names + run.localised.others
+    rejected = NerfdiffRun.load(tmp_path / "run/rejected/sfm", device="cpu")
+    assert (
+        rejected.config.search == "sfm"
+        and len(rejected.views) == 8
+        and len(rejected.localised.names + rejected.localised.others) == 2
+    )
+    assert torch.equal(train("sfm", judge).poses, run.poses)
+    assert "sfm: features" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["sfm", "dictionary"])
+@pytest.mark.parametrize("first", ["sfm", "dictionary"])
+def test_train_auto_both_rejected_keeps_the_lower_held_out_error(tmp_path, train, capsys, first, kept):
+    other = {"sfm": "dictionary", "dictionary": "sfm"}
+    judge = reject(**{kept: 0.3, other[kept]: 0.5})
+    run, text = train(first, judge), capsys.readouterr().err
+    assert run.config.search == kept and len(run.views) == {"sfm": 8, "dictionary": 10}[kept]
+    assert f'Kept search="{kept}", although alarms rejected it: no search has a lower held-out error.' in text
+    assert f'Tried search="{other[kept]}": held-out error 0.500 of the variance; rejected: not explained.' in text
+    assert [path.name for path in (tmp_path / "run/rejected").iterdir()] == [other[kept]]
+    assert torch.equal(NerfdiffRun.load(tmp_path / "run", device="cpu").poses, run.poses)
+    localised = run.localised.names + run.localised.others
+    assert sorted(localised) == (["view_008", "view_009"] if kept == "sfm" else [])
+    assert "Kept search=" in (tmp_path / "run/report.html").read_text()
+    assert torch.equal(train(first, judge).poses, run.poses)
+    assert "Tried next" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_train_auto_structure_from_motion_rejected_before_its_training_is_trained_if_nothing_is_better(
+    tmp_path, train, monkeypatch, capsys
+):
+    judge = reject(sfm=0.4, dictionary=1e9)
+    run, text = train("sfm", judge, accept=False), capsys.readouterr().err
+    assert run.config.search == "sfm" and (tmp_path / "run/rejected/dictionary/checkpoints").is_dir()
+    assert 'Tried next: search="sfm", rejected too, but with a lower held-out error.' in text
+
+
+@pytest.mark.slow
+def test_train_auto_rejected_structure_from_motion_stays_where_the_dictionary_cannot_follow(tmp_path, train, capsys):
+    run, text = train("sfm", reject(sfm=0.5), unbounded="yes", field="grid"), capsys.readouterr().err
+    assert run.config.search == "sfm" and not (tmp_path / "run/rejected").exists()
+    assert 'search="dictionary" was not tried: unbounded="yes": it needs known poses' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sfm", "dictionary"])
+def test_train_explicit_search_rejected_by_alarms_is_not_replaced(tmp_path, train, capsys, name):
+    run = train(name, reject(sfm=0.5, dictionary=0.5), search=name)
+    assert run.config.search == name and not (tmp_path / "run/rejected").exists()
+    assert "Tried" not in capsys.readouterr().err
