@@ -70,7 +70,6 @@ def settle_latents(preset: str, changes: dict[str, Any], folder: Path, stored: d
     unless ``changes`` have one of the photos; the run has a copy of the autoencoder, should that be gone.
     """
     config, own = preset_config(preset, **changes), sibling(folder, OWN_SUFFIX)
-    config.validate()  # before the settings of an autoencoder, which are partly its own
     if config.latent_channels or config.latent_factor != 1:
         raise ConfigError(
             "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
