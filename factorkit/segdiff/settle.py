@@ -26,7 +26,7 @@ FEW_LATENTS = 16  # a side
 #: Sides of photos from which latents are the default, and from which their sides are 8 times smaller in place of 4
 MANY_PIXELS, VERY_MANY_PIXELS = 128, 256
 OWN_SUFFIX = "_autoencoder"  # of the folder of the autoencoder that a run trains first
-NEAREST_WITHIN = 256  # pixels of a resolution that latents do not suit: others are searched there
+NEAREST_WITHIN = 256  # pixels: so far from a resolution that latents do not suit others are searched
 LATENTS_EVENT = "latents"  # in the log of a run: what it denoises, and why
 #: Settings that an autoencoder of a run's own shares with the run.
 SHARED_SETTINGS = ("resolution", "random_flip", "holdout", "mask_set", "seed", "device", "precision", "threads")

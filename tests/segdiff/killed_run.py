@@ -89,15 +89,24 @@ def die_in_a_step(chance: random.Random) -> None:
 
 
 def die_in_a_loss(task: type[Any]) -> None:
-    """Die in the fourth step of a training, after its first checkpoint."""
-    loss, calls = task.loss, itertools.count(1)
+    """Die in the fourth step of a training, once its first checkpoint is written."""
+    loss, write, calls, saved = task.loss, checkpoint.write_checkpoint, itertools.count(1), threading.Event()
+
+    def write_checkpoint(*arguments):
+        path = write(*arguments)
+        saved.set()
+        return path
 
     def die_in_loss(*arguments):
-        if next(calls) == 4:
+        call = next(calls)
+        if call == 1:
+            saved.clear()  # of the training before
+        elif call == 4:
+            saved.wait()
             die()
         return loss(*arguments)
 
-    task.loss = die_in_loss
+    checkpoint.write_checkpoint, task.loss = write_checkpoint, die_in_loss
 
 
 def die_in_a_save(moment: str) -> None:
