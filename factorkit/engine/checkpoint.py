@@ -132,6 +132,10 @@ class Checkpoints:
         numbered = [(int(m.group(1)), p) for p in self.folder.glob("step_*.safetensors") if (m := _NAME.match(p.name))]
         return [p for _, p in sorted(numbered, reverse=True)]
 
+    def newest_step(self) -> int:
+        """Return the step of the newest file; 0 without one."""
+        return max((int(path.stem.removeprefix("step_")) for path in self.paths()), default=0)
+
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step`` and delete those beyond the newest ``keep``, except the best.
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -163,7 +164,9 @@ class EngineConfig:
 
 
 def to_python(value: Any) -> Any:
-    """Convert integers of numpy and torch to int, and lists to tuples."""
+    """Convert integers of numpy and torch to int, lists to tuples, and paths to strings."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, (list, tuple)):
         return tuple(map(to_python, value))
     if not isinstance(value, int):

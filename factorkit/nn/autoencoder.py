@@ -65,20 +65,28 @@ class AutoencoderSizes:
 
         Raises:
             KeyError: a tensor is missing.
+            ValueError: a tensor is no weight of a convolution.
         """
+
+        def channels(name: str, axis: int = 0) -> int:
+            shape = tuple(shapes[name])
+            if len(shape) != 4 or min(shape) < 1:
+                raise ValueError(f"{name} is {shape}, and has to be the weight of a convolution")
+            return shape[axis]
+
         levels = range(_count(shapes, "encoder.down_blocks"))
         down, up = ([f"{blocks}.{i}.resnets.0.conv1.weight" for i in levels] for blocks in _LEVELS)
         return cls(
-            channels=tuple(shapes[name][0] for name in reversed(up)),
-            encoder_channels=tuple(shapes[name][0] for name in down),
+            channels=tuple(channels(name) for name in reversed(up)),
+            encoder_channels=tuple(channels(name) for name in down),
             num_res_blocks=_count(shapes, "encoder.down_blocks.0.resnets"),
-            latent_channels=shapes["decoder.conv_in.weight"][1],
+            latent_channels=channels("decoder.conv_in.weight", 1),
             norm_groups=norm_groups,
             attention=_count(shapes, "encoder.mid_block.attentions") > 0,
             quant_conv="quant_conv.weight" in shapes,
             post_quant_conv="post_quant_conv.weight" in shapes,
             shortcuts="shortcuts" in shapes,
-            patch_size=max(1, math.isqrt(shapes["encoder.conv_in.weight"][1] // IMAGE_CHANNELS)),
+            patch_size=max(1, math.isqrt(channels("encoder.conv_in.weight", 1) // IMAGE_CHANNELS)),
         )
 
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
-from factorkit.engine.run_folder import sum_step_seconds
+from factorkit.engine.run_folder import read_object, sum_step_seconds
 from factorkit.nn.autoencoder import Autoencoder, AutoencoderSizes
 from factorkit.segdiff.autoencoder import AutoencoderRun
 from factorkit.segdiff.masks.proposal import without_autocast
 from factorkit.segdiff.network import PixelSpace
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.files import is_number, read_json
+from factorkit.utils.files import is_number
 from factorkit.utils.images import pixels_to_signed
 
 COPY_NAME = "autoencoder.safetensors"  # in a run folder
@@ -33,7 +33,7 @@ ENCODING_BATCH_SIZE = 16  # images
 MEASURED_IMAGES = 1024  # of the training set, evenly spaced, whose latents give mean and deviation
 MIN_DEVIATION = 1e-6
 FORMAT_GROUPS = 32  # groups of the norms in diffusers' format where config.json does not say
-FORMAT_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name of it
+FORMAT_FILE, FORMAT_CONFIG = "diffusion_pytorch_model.safetensors", "config.json"  # diffusers' names of them
 # Names of attention in older files of the format -> names of today.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -98,6 +98,9 @@ class LatentSpace(PixelSpace):
         """Return the latents of images uint8 [N, R, R, 3] and, if ``mirrored``, of their mirror images. Collective.
 
         ``measure`` sets mean and deviation by them first. fp16 [N, 1 or 2, C, h, w] on the CPU.
+
+        Raises:
+            CheckpointError: measured, they are not finite, or the same everywhere.
         """
 
         def share(rows: slice) -> Tensor:
@@ -114,6 +117,10 @@ class LatentSpace(PixelSpace):
         if measure:
             chosen = latents[:: -(-len(latents) // MEASURED_IMAGES), 0].float().transpose(0, 1).flatten(1)
             self.mean, self.deviation = chosen.mean(1), chosen.std(1).clamp_min(MIN_DEVIATION)
+            if not (self.mean + self.deviation).isfinite().all():
+                raise CheckpointError("the latents of the training images are not all finite numbers")
+            if self.deviation.max() <= MIN_DEVIATION:
+                raise CheckpointError("the latents of the training images are the same everywhere")
         for part in latents.split(ENCODING_BATCH_SIZE):
             part.copy_(self._scale(part.to(self.mean.device).float()))
         return latents
@@ -143,13 +150,8 @@ def open_autoencoder(path: str | Path) -> Autoencoder:
             f"latent={str(path)!r}: no such file or folder. Give the run folder of `factorkit train autoencoder`, or a "
             ".safetensors file in diffusers' AutoencoderKL format"
         )
-    config_file = (path if path.is_dir() else path.parent) / "config.json"
-    settings: Any = {}
-    if config_file.is_file():
-        try:
-            settings = read_json(config_file)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{config_file} cannot be read: {error}") from error
+    config_file = (path if path.is_dir() else path.parent) / FORMAT_CONFIG
+    settings = read_object(config_file, "give another file") if config_file.is_file() else {}
     if path.is_dir() and "model" in settings:
         return AutoencoderRun.load(path, device="cpu").model
     file = _find_weights(path)
@@ -187,18 +189,21 @@ def _read_format(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
         found = kind if kind != "AutoencoderKL" else "an autoencoder with a codebook (VQ)"
         raise CheckpointError(f"{file} is {found}; latent= reads AutoencoderKL alone")
     if settings.get("act_fn", "silu") not in ("silu", "swish"):
-        raise CheckpointError(f"{file}: act_fn={settings['act_fn']!r} in its config.json; latent= reads silu alone")
+        raise CheckpointError(f"{file}: act_fn={settings['act_fn']!r:.80} in its config.json; latent= reads silu alone")
     renamed = {}
     for name, tensor in tensors.items():
         for old, new in OLD_NAMES.items():
             name = name.replace(old, new) if ".attentions." in name else name
         renamed[name] = tensor.float().clone()
-    autoencoder = build_autoencoder(file, renamed, int(settings.get("norm_num_groups", FORMAT_GROUPS)))
-    channels = settings.get("block_out_channels")
-    if channels is not None and tuple(channels) != autoencoder.sizes.channels:
+    config, groups = file.with_name(FORMAT_CONFIG), settings.get("norm_num_groups", FORMAT_GROUPS)
+    if type(groups) is not int or groups < 1:
+        raise CheckpointError(f"{config}: norm_num_groups={groups!r:.80} must be an integer of at least 1")
+    autoencoder = build_autoencoder(file, renamed, groups)
+    sizes = list(autoencoder.sizes.channels)
+    if (channels := settings.get("block_out_channels", sizes)) != sizes:
         raise CheckpointError(
-            f"{file} has levels of {autoencoder.sizes.channels} channels, but its config.json says {tuple(channels)}: "
-            "they belong to different models"
+            f"{config}: block_out_channels={channels!r:.80}, but the levels of {file.name} have {sizes} channels: they "
+            "belong to different models"
         )
     return autoencoder
 
@@ -207,16 +212,18 @@ def build_autoencoder(path: Path, tensors: Mapping[str, Tensor], norm_groups: in
     """Build the autoencoder that the tensors of the file ``path`` are of.
 
     Raises:
-        CheckpointError: they are of another architecture, or of sizes that do not fit together.
+        CheckpointError: they are of another architecture, of sizes that do not fit together, or not finite.
     """
     other = f"{path} is no AutoencoderKL of images"
     try:
         sizes = AutoencoderSizes.from_shapes({name: tensor.shape for name, tensor in tensors.items()}, norm_groups)
         if not sizes.channels:
             raise KeyError("encoder.down_blocks.0.resnets.0.conv1.weight")
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         first = ", ".join(sorted(tensors)[:3]) or "none"
         raise CheckpointError(f"{other}: it has no tensor {error}; its first are {first}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{other}: {error}") from error
     if uneven := [channels for channels in sizes.encoder_channels + sizes.channels if channels % norm_groups]:
         raise CheckpointError(
             f"{other}: {norm_groups} groups of a norm do not divide {uneven[0]} channels; put its config.json with "
@@ -232,6 +239,8 @@ def build_autoencoder(path: Path, tensors: Mapping[str, Tensor], norm_groups: in
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(f"{other}: {name} is {tuple(tensors[name].shape)}, and has to be {shape}")
+        if not tensors[name].isfinite().all():
+            raise CheckpointError(f"{path} is damaged: {name} holds NaN or infinite values")
     autoencoder.load_state_dict(dict(tensors), assign=True)
     return autoencoder
 
@@ -243,6 +252,24 @@ def hash_autoencoder(autoencoder: Autoencoder) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def encode_images(
+    latent: str, autoencoder: Autoencoder, images: np.ndarray, mirrored: bool, folder: Path, device: torch.device
+) -> tuple[LatentSpace, np.ndarray]:
+    """Return the space of a run in ``folder``, which may hold it already, and the latents of its images. Collective.
+
+    Arguments and latents as of :meth:`LatentSpace.encode_all`; ``latent`` is the setting, for the message.
+
+    Raises:
+        CheckpointError: the autoencoder makes nothing of the images that could be denoised.
+    """
+    stored = distributed.run_on_first((folder / COPY_NAME).exists)
+    space = read_space(folder) if stored else LatentSpace(autoencoder)
+    try:
+        return space, space.encode_all(images, mirrored, device, measure=not stored).numpy()
+    except CheckpointError as error:
+        raise CheckpointError(f"latent={latent!r}: {error}; give another autoencoder, or latent='no'") from error
 
 
 def store_space(folder: Path, space: LatentSpace, encoding_seconds: float, source: str, given: bool) -> None:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import to_python
 from factorkit.engine.run_folder import CONFIG, read_settings
+from factorkit.engine.run_log import RunLog
 from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms
-from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderConfig, train_autoencoder
+from factorkit.segdiff.autoencoder import DOWNSAMPLING, SETTINGS, AutoencoderConfig, AutoencoderRun, train_autoencoder
 from factorkit.segdiff.config import PIXELS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.latents import COPY_NAME, open_autoencoder, read_space
 from factorkit.segdiff.object_stages import REGIONS_FILE
@@ -24,6 +26,8 @@ FEW_LATENTS = 16  # a side
 #: Sides of photos from which latents are the default, and from which their sides are 8 times smaller in place of 4
 MANY_PIXELS, VERY_MANY_PIXELS = 128, 256
 OWN_SUFFIX = "_autoencoder"  # of the folder of the autoencoder that a run trains first
+NEAREST_WITHIN = 256  # pixels: so far from a resolution that latents do not suit others are searched
+LATENTS_EVENT = "latents"  # in the log of a run: what it denoises, and why
 #: Settings that an autoencoder of a run's own shares with the run.
 SHARED_SETTINGS = ("resolution", "random_flip", "holdout", "mask_set", "seed", "device", "precision", "threads")
 
@@ -36,12 +40,14 @@ class Latents(NamedTuple):
         note: why in a line, or nothing.
         autoencoder: None for pixels, and where it is to be trained.
         training: settings of the autoencoder that is to be trained on the images first, in the folder ``latent``.
+        trained_steps: of these steps, that it has already.
     """
 
     config: SegdiffConfig
     note: str = ""
     autoencoder: Autoencoder | None = None
     training: dict[str, Any] | None = None
+    trained_steps: int = 0
 
     def for_images(self, count: int) -> Latents:
         """Return the same with as many images: too few train no autoencoder, so that the run denoises pixels."""
@@ -51,10 +57,10 @@ class Latents(NamedTuple):
         return Latents(dataclasses.replace(set_sizes(self.config, 0, 1), latent=PIXELS), note)
 
 
-def read_stored(folder: Path) -> dict[str, Any]:
-    """Return the settings of the segdiff run in a folder; {} without one. Collective."""
+def read_stored(folder: Path, model: str = "segdiff") -> dict[str, Any]:
+    """Return the settings of the run of this model in a folder; {} without one. Collective."""
     stored = distributed.run_on_first(lambda: read_settings(folder) if (folder / CONFIG).exists() else {})
-    return stored if stored.get("model") == "segdiff" else {}
+    return stored if stored.get("model") == model else {}
 
 
 def settle_latents(preset: str, changes: dict[str, Any], folder: Path, stored: dict[str, Any]) -> Latents:
@@ -63,25 +69,23 @@ def settle_latents(preset: str, changes: dict[str, Any], folder: Path, stored: d
     With latent="auto" a run goes on as it was started. With a path the resolution of a preset is that of the latents,
     unless ``changes`` have one of the photos; the run has a copy of the autoencoder, should that be gone.
     """
-    config, own = preset_config(preset, **changes), str(sibling(folder, OWN_SUFFIX))
+    config, own = preset_config(preset, **changes), sibling(folder, OWN_SUFFIX)
     if config.latent_channels or config.latent_factor != 1:
         raise ConfigError(
             "latent_channels= and latent_factor= are set by train_segdiff(latent=...); give latent= instead"
         )
+    if not config.latent.strip():
+        raise ConfigError(f'latent={config.latent!r} names nothing; give "auto", "{PIXELS}" or an autoencoder\'s path')
     note, read_copy = "", distributed.run_on_first((folder / COPY_NAME).exists)
     if config.latent == "auto":
-        training, note = choose_autoencoder(preset, config)
-        latent = default = own if training else PIXELS
-        if stored and (latent := stored["latent"]) != default:
+        reason = find_obstacle(preset, config)
+        note, default = reason or "", str(own) if reason is None else PIXELS
+        latent = stored["latent"] if stored else default
+        if latent != default:
             note = f'latent="{latent}": {folder} was started with it'
         config = dataclasses.replace(config, latent=latent)
-        if training and latent == own and not read_copy:
-            note = (
-                f"resolution={config.resolution}: the model denoises latents, many times faster than pixels. Their "
-                f"autoencoder is trained on these images first, for {training['steps']} steps, in {own}; "
-                f'latent="no" denoises pixels'
-            )
-            return Latents(set_sizes(config, training["latent_channels"], training["downsample"]), note, None, training)
+        if reason is None and latent == default and not read_copy:
+            return settle_own_autoencoder(config, own)
     elif read_copy:
         read_copy = not distributed.run_on_first(Path(config.latent).expanduser().exists)
     if config.latent == PIXELS:
@@ -93,30 +97,85 @@ def settle_latents(preset: str, changes: dict[str, Any], folder: Path, stored: d
     return Latents(set_sizes(config, sizes.latent_channels, sizes.downsample), note, autoencoder)
 
 
-def choose_autoencoder(preset: str, config: SegdiffConfig) -> tuple[dict[str, Any] | None, str]:
-    """Return the settings of the autoencoder that latent="auto" trains; None for pixels, with a line on why.
+def find_obstacle(preset: str, config: SegdiffConfig) -> str | None:
+    """Return why latent="auto" means pixels, in a line; None if it means latents.
 
     The line is empty where nobody would expect latents.
     """
     if config.resolution < MANY_PIXELS or config.form == "thesis":
-        return None, ""
+        return ""
     pixels = f'latent="{PIXELS}": '
     if preset_config(preset).resolution >= MANY_PIXELS:
         faster = "A step on latents is many times faster: `factorkit train autoencoder`, then latent="
-        return None, f'{pixels}preset="{preset}" is a network for pixels. {faster}'
-    if config.masks == "mixture" or len(config.nesting) > 1:
-        nested = f"regions={config.nesting} was measured on pixels alone; latent= takes an autoencoder"
-        return None, pixels + ('masks="mixture" is for pixels' if config.masks == "mixture" else nested)
+        return f'{pixels}preset="{preset}" is a network for pixels. {faster}'
+    if config.masks == "mixture":
+        return f'{pixels}masks="mixture" is for pixels'
+    if len(config.nesting) > 1:
+        return f"{pixels}regions={config.nesting} was measured on pixels alone; latent= takes an autoencoder"
+    return None
+
+
+def settle_own_autoencoder(config: SegdiffConfig, folder: Path) -> Latents:
+    """Return the latents of an autoencoder that is trained in ``folder``, unless that is done. Collective.
+
+    Raises:
+        ConfigError: a resolution that they do not suit; the message names the nearest that they do.
+    """
+    try:
+        training, config = add_autoencoder(config)
+    except ConfigError as error:
+        sizes = " or ".join(f"resolution={size}" for size in find_nearest(config))
+        if not sizes:
+            config.resolved()  # raises what is wrong with pixels too
+            raise ConfigError(f'{error}. latent="{PIXELS}" denoises pixels') from error
+        raise ConfigError(
+            f'resolution={config.resolution} does not suit the latents that latent="auto" denoises from {MANY_PIXELS} '
+            f'pixels on; use {sizes}, or latent="{PIXELS}" to denoise pixels, which takes many times longer'
+        ) from error
+    steps, done = training["steps"], 0
+    if read_stored(folder, AutoencoderRun.MODEL):
+        done = min(steps, distributed.run_on_first(Checkpoints(folder / "checkpoints").newest_step))
+    state = f"is trained on these images first, for {steps} steps, in {folder}"
+    if done:
+        state = "is finished, and used again" if done == steps else f"goes on from step {done} of {steps}"
+        state = f"in {folder} {state}"
+    note = (
+        f"resolution={config.resolution}: the model denoises latents, many times faster than pixels. Their autoencoder "
+        f'{state}; latent="{PIXELS}" denoises pixels'
+    )
+    return Latents(config, note, None, training, done)
+
+
+def add_autoencoder(config: SegdiffConfig) -> tuple[dict[str, Any], SegdiffConfig]:
+    """Return the settings of the autoencoder that latent="auto" trains, and those of the run with its latents.
+
+    Raises:
+        ConfigError: they cannot work.
+    """
     very_many, processes = config.resolution >= VERY_MANY_PIXELS, distributed.world_size()
     training = SETTINGS | {name: getattr(config, name) for name in SHARED_SETTINGS}
     training |= {"downsample": 8, "latent_channels": 8} if very_many else {"downsample": 4, "latent_channels": 4}
     training["batch_size"] = -(-SETTINGS["batch_size"] // processes) * processes
-    try:
-        AutoencoderConfig.from_dict(training).validate()
-        set_sizes(config, training["latent_channels"], training["downsample"]).resolved()
-    except ConfigError as error:
-        return None, f"{pixels}{error}"
-    return training, ""
+    AutoencoderConfig.from_dict(training).validate()
+    config = set_sizes(config, training["latent_channels"], training["downsample"])
+    config.resolved()
+    return training, config
+
+
+def find_nearest(config: SegdiffConfig) -> list[int]:
+    """Return the nearest resolutions that latents suit, one below and one above, as far as there are any."""
+    size, step = config.resolution, DOWNSAMPLING[0]
+    low, high = max(MANY_PIXELS, size - NEAREST_WITHIN), size + NEAREST_WITHIN
+
+    def suits(resolution: int) -> bool:
+        try:
+            add_autoencoder(dataclasses.replace(config, resolution=resolution))
+        except ConfigError:
+            return False
+        return True
+
+    below, above = reversed(range(-(-low // step) * step, size, step)), range((size // step + 1) * step, high, step)
+    return [suited for sizes in (below, above) if (suited := next(filter(suits, sizes), None))]
 
 
 def set_sizes(config: SegdiffConfig, channels: int, factor: int) -> SegdiffConfig:
@@ -134,6 +193,13 @@ def train_own_autoencoder(data: Any, folder: Path, training: dict[str, Any], pro
 
     distributed.run_on_first(warn)
     return open_autoencoder(folder)
+
+
+def log_latents(folder: Path, note: str) -> None:
+    """Write into the log of a run, once, what was decided about latents."""
+    if note and not any(event.get("event") == LATENTS_EVENT for event in read_log(folder)):
+        with RunLog(folder) as log:
+            log.event(LATENTS_EVENT, step=0, message=note)
 
 
 def advise_size(preset: str, config: ResolvedSegdiffConfig) -> str:

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,6 @@ from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_
 from factorkit.engine.run_folder import CONFIG, check_claim, claimed, copy_folder, read_object, write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.engine.trainer import Trainer
-from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.autoencoder import estimate as estimate_autoencoder
@@ -40,11 +38,18 @@ from factorkit.segdiff.drawn_images import (
     skip_checks,
 )
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
-from factorkit.segdiff.latents import COPY_NAME, LatentSpace, hash_autoencoder, read_space, store_space
+from factorkit.segdiff.latents import encode_images, hash_autoencoder, store_space
 from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
 from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.settle import advise_size, read_stored, settle_latents, settle_regions, train_own_autoencoder
+from factorkit.segdiff.settle import (
+    advise_size,
+    log_latents,
+    read_stored,
+    settle_latents,
+    settle_regions,
+    train_own_autoencoder,
+)
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.training_images import DATA_NAME, MIN_IMAGES, describe_data, load_data
 from factorkit.segdiff.verdict import write_report
@@ -145,29 +150,29 @@ def train_segdiff(
     if given.regions is None:
         settings["regions"] = None  # until the stages have chosen it
     resumable = config.RESUMABLE | {DATA_NAME} | (STAGE_SETTINGS if config.masks != "auto" else set())
-    autoencoder = settled.autoencoder
-    if settled.training:
+    autoencoder, space, inputs, encoding_seconds = settled.autoencoder, None, prepared.images, 0.0
+    if config.latent_channels:  # before the work that follows
         distributed.run_on_first(lambda: check_claim(folder, settings, resumable | {"autoencoder"}))
+    if settled.training:
         autoencoder = train_own_autoencoder(data, Path(config.latent), settled.training, progress)
-    if autoencoder is not None:
+    if autoencoder is not None:  # encoded before the folder is claimed: a kill leaves no run without its autoencoder
         settings["autoencoder"] = hash_autoencoder(autoencoder)
+        with cpu_threads(config.threads):
+            start, encoding = time.perf_counter(), (prepared.images, config.random_flip, folder, device)
+            space, inputs = encode_images(config.latent, autoencoder, *encoding)
+            encoding_seconds = time.perf_counter() - start
 
-    @cache
-    def find_latents() -> tuple[LatentSpace | None, np.ndarray, float]:
-        if autoencoder is None:
-            return None, prepared.images, 0.0
-        start = time.perf_counter()
-        encoded = encode_images(autoencoder, prepared.images, config.random_flip, folder, device)
-        return *encoded, time.perf_counter() - start
+    def begin(folder: Path) -> None:
+        if space is not None:
+            store_space(folder, space, encoding_seconds, config.latent, given=not settled.training)
+        log_latents(folder, settled.note)
 
     def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
-        space, images, seconds = find_latents()
-        if space is not None and distributed.rank() == 0:
-            store_space(folder, space, seconds, config.latent, given=not settled.training)
-        task = SegdiffTask(config, images, probes, device, labels, space)
+        distributed.run_on_first(lambda: begin(folder))
+        task = SegdiffTask(config, inputs, probes, device, labels, space)
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
-            latents = None if space is None else images
+            latents = None if space is None else inputs
             stages = ObjectStages(config, prepared.images, folder, meta, device, progress, latents)
             cast(nn.Module, cast(FactorizedDenoiser, task.model).masks).load_state_dict(stages.run().state_dict())
         return Trainer(
@@ -176,6 +181,7 @@ def train_segdiff(
 
     run_folder = claimed(folder, settings, resumable)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+        distributed.run_on_first(lambda: begin(folder))
         if given.regions is None:
             meta = settings | config.to_dict()
             stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
@@ -190,15 +196,6 @@ def train_segdiff(
             score_run(run, dataset, baselines)
         judge_drawn_images(run, prepared.images)
     return run
-
-
-def encode_images(
-    autoencoder: Autoencoder, images: np.ndarray, random_flip: bool, folder: Path, device: torch.device
-) -> tuple[LatentSpace, np.ndarray]:
-    """Return the space of a run in ``folder``, which it may store already, and the latents of its images, in fp16."""
-    stored = (folder / COPY_NAME).exists()
-    space = read_space(folder) if stored else LatentSpace(autoencoder)
-    return space, space.encode_all(images, random_flip, device, measure=not stored).numpy()
 
 
 def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
@@ -335,7 +332,9 @@ def estimate(
             stages.run()
     parameters = count_parameters(trainer.task.model)
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
-    first = estimate_autoencoder(**settled.training)["seconds"] if settled.training else 0.0
+    first = 0.0
+    if settled.training and (left := settled.training["steps"] - settled.trained_steps):
+        first = estimate_autoencoder(**settled.training)["seconds"] * left / settled.training["steps"]
     return {
         "preset": preset,
         "regions": given.regions,

@@ -4,8 +4,9 @@ python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopp
 SIGTERM; ``aside``: two, in shards, of which the first draws a preview until the second is two steps further;
 ``spoilt``: two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's
 agent; ``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards; ``registered_<processes>``:
-by structure from motion, or its stand-in, without cameras for two of the views. The processes are forks of this one,
-which has imported torch but never used it.
+by structure from motion, or its stand-in, without cameras for two of the views. Each process of ``latents`` leaves
+hashes of its weights in ``latents_<processes>_rank_<rank>``. The processes are forks of this one, which has imported
+torch but never used it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
 import torch.distributed.fsdp
@@ -28,13 +30,20 @@ import torch.distributed.tensor
 
 from benchmarks import tiny_runs
 from factorkit.engine import sharding
+from factorkit.engine.run_folder import identify_run
 from factorkit.engine.step import StepLoss
+from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff import search, unregistered
+from factorkit.segdiff import settle
+from factorkit.segdiff.autoencoder import SETTINGS
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils import distributed
 from factorkit.utils.errors import DataError
 from tests.nerfdiff.registered import stand_in
 
+OBJECTS = {"masks": "auto", "regions": None, "mixture_steps": 3, "distil_steps": 3}
+PHOTOS = np.random.default_rng(0).integers(0, 256, (12, 48, 48, 3), np.uint8)
+AUTOENCODER = {"steps": 3, "model_channels": 8, "batch_size": 4, "crop_size": 16, "log_every": 1, "sample_every": 0}
 #: by name: the training, its settings, and in how many processes beside one, with what changes of settings
 RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
     "regional": ("segdiff", {}, {2: {}, 4: {}}),
@@ -47,7 +56,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
         {2: {"shard": True, "micro_batch_size": 3}},
     ),
     "learned": ("nerfdiff", {"poses": "learned", "optimize_camera": ("focal",)}, {2: {"shard": True}}),
-    "objects": ("segdiff", {"masks": "auto", "regions": None, "mixture_steps": 3, "distil_steps": 3}, {2: {}}),
+    "objects": ("segdiff", OBJECTS, {2: {}}),
+    "latents": ("segdiff", OBJECTS | {"data": PHOTOS, "resolution": len(PHOTOS[0]), "preset": "demo"}, {2: {}}),
 }
 
 
@@ -57,6 +67,20 @@ def train(model: str, out: Path, **changes: Any) -> None:
     if model == "nerfdiff":
         few = {"search_steps": 12, "field_steps": 4, "steps": 4}
     tiny_runs.train(model, out, **{"log_every": 1, "sample_every": 0, **few, **changes})
+
+
+def record_weights(file: Path) -> None:
+    """Write a hash of the weights and their average that this process has at the end of each training."""
+    run_to_end = Trainer.run
+
+    def run_and_record(trainer):
+        model = run_to_end(trainer)
+        hashes = [identify_run(None, each.state_dict()) for each in (trainer.task.model, model)]
+        with open(file, "a") as lines:
+            lines.write(f"{trainer.folder.name}: {hashes}\n")
+        return model
+
+    Trainer.run = run_and_record
 
 
 def lag_behind() -> None:
@@ -206,11 +230,18 @@ def restarted(out: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    settle.MANY_PIXELS = len(PHOTOS[0])
+    SETTINGS.update(AUTOENCODER)
     for name, (model, settings, several) in RUNS.items():
         for world, changes in {1: {}, **several}.items():
             out, chosen = folder / f"{name}_{world}", settings | changes
-            codes = run(world, lambda rank, out=out, model=model, chosen=chosen: train(model, out, **chosen))
-            assert codes == [0] * world, (name, world, codes)
+
+            def work(rank: int, name=name, out=out, model=model, chosen=chosen) -> None:
+                if name == "latents":
+                    record_weights(out.with_name(f"{out.name}_rank_{rank}"))
+                train(model, out, **chosen)
+
+            assert (codes := run(world, work)) == [0] * world, (name, world, codes)
     for world in (1, 2):
         assert run(world, lambda rank, world=world: aside(folder / f"aside_{world}", rank, world)) == [0] * world
         assert run(world, lambda rank, world=world: registered(folder / f"registered_{world}")) == [0] * world

@@ -45,6 +45,17 @@ def assert_close(one: str, other: str, runs: Path) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=5e-4, msg=name)
 
 
+def assert_same_losses(alone: dict[str, list[dict]], together: dict[str, list[dict]], stages: int) -> None:
+    assert alone.keys() == together.keys() and len(alone) == stages
+    for stage, expected in alone.items():
+        assert [line["step"] for line in together[stage]] == list(range(1, len(expected) + 1))  # one process writes
+        for one, other in zip(expected, together[stage], strict=True):
+            for key in one.keys() - {"event", "time", "step", "seconds", "seconds_left", "images_per_second"}:
+                found, wanted = (np.array(line[key], float) for line in (other, one))  # an empty quarter's None is NaN
+                close = {"rtol": 1e-4, "atol": 1e-6, "err_msg": f"{key} at step {one['step']} of {stage}"}
+                np.testing.assert_allclose(found, wanted, **close)
+
+
 @pytest.mark.parametrize(
     ("name", "world"),
     [
@@ -57,22 +68,29 @@ def assert_close(one: str, other: str, runs: Path) -> None:
         ("clipped", 2),
         ("learned", 2),
         ("objects", 2),
+        ("latents", 2),
     ],
 )
 @pytest.mark.slow
 def test_distributed_losses_equal_those_of_one_process(runs, name, world):
-    """The thesis' form in pieces too: it has no statistics over the batch. The last two in shards (processes.py)."""
-    alone, together = lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}")
-    stages = {"dictionary": 7, "learned": 4, "joint": 3, "objects": 3}.get(name, 1)
-    assert alone.keys() == together.keys() and len(alone) == stages
-    for stage, expected in alone.items():
-        assert [line["step"] for line in together[stage]] == list(range(1, len(expected) + 1))  # one process writes
-        for one, other in zip(expected, together[stage], strict=True):
-            for key in one.keys() - {"event", "time", "step", "seconds", "seconds_left", "images_per_second"}:
-                found, wanted = (np.array(line[key], float) for line in (other, one))  # an empty quarter's None is NaN
-                close = {"rtol": 1e-4, "atol": 1e-6, "err_msg": f"{key} at step {one['step']} of {stage}"}
-                np.testing.assert_allclose(found, wanted, **close)
+    """The thesis' form in pieces too: it has no statistics over the batch. Two are in shards (processes.py)."""
+    stages = {"dictionary": 7, "learned": 4, "joint": 3, "objects": 3, "latents": 3}.get(name, 1)
+    assert_same_losses(lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}"), stages)
     assert_close(f"{name}_1", f"{name}_{world}", runs)
+
+
+@pytest.mark.slow
+def test_distributed_autoencoder_of_a_latent_run_equals_that_of_one_process(runs):
+    folders = [f"latents_{world}_autoencoder" for world in (1, 2)]
+    assert_same_losses(*(lines(runs / folder) for folder in folders), 1)
+    assert_close(*folders, runs)
+
+
+@pytest.mark.slow
+def test_distributed_processes_of_a_latent_run_have_the_same_weights(runs):
+    first, second = ((runs / f"latents_2_rank_{rank}").read_text().splitlines() for rank in range(2))
+    trainings = ["latents_2_autoencoder", "mixture", "mixture", "distil", "latents_2"]  # one is read for the next stage
+    assert [line.split(":")[0] for line in first] == trainings and first == second
 
 
 @pytest.mark.slow

@@ -254,42 +254,6 @@ def test_latent_run_of_every_kind_trains_and_generates(tmp_path, images, changes
     assert run.generate(2, steps=2).images.shape == (2, 3, 32, 32)
 
 
-def test_open_autoencoder_reads_both_generations_of_names(tmp_path):
-    expected = make_autoencoder()
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    changes = {}
-    for name, tensor in expected.state_dict().items():
-        for new, former in old.items():
-            if f".attentions.0.{new}." in name:
-                changes |= {name: None, name.replace(new, former): tensor.clone()}
-    assert len(changes) == 32
-    for folder in (write_format(tmp_path / "new"), write_format(tmp_path / "old", **changes)):
-        for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
-            assert_identical(open_autoencoder(path).state_dict(), expected.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("settings", "changes", "message"),
-    [
-        ({"_class_name": "VQModel"}, {}, r"is VQModel; latent= reads AutoencoderKL alone"),
-        ({}, {"quantize__embedding__weight": torch.ones(3, 3)}, r"with a codebook \(VQ\)"),
-        ({"act_fn": "relu"}, {}, r"act_fn='relu' in its config.json"),
-        ({"block_out_channels": [8, 8]}, {}, r"\(8, 8, 8\) channels, but its config.json says \(8, 8\)"),
-        ({"norm_num_groups": 3}, {}, r"3 groups of a norm do not divide 8 channels"),
-        ({}, {"decoder__conv_out__bias": None}, r"has no tensor decoder.conv_out.bias, of 1 that are missing"),
-        ({}, {"decoder__more": torch.ones(1)}, r"has a tensor decoder.more, of 1 that the format does not have"),
-        (
-            {},
-            {"encoder__conv_in__weight": torch.ones(8, 1, 3, 3)},
-            r"conv_in.weight is \(8, 1, 3, 3\), and has to be \(8, 3",
-        ),
-    ],
-)
-def test_open_autoencoder_of_another_architecture_raises(tmp_path, settings, changes, message):
-    with pytest.raises(CheckpointError, match=message):
-        open_autoencoder(write_format(tmp_path / "other", settings, **changes))
-
-
 @pytest.mark.slow
 def test_open_autoencoder_other_files_raise(tmp_path, trained):
     with pytest.raises(CheckpointError, match="gone'?: no such file or folder. Give the run folder"):

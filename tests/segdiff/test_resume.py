@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import factorkit
+from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import CheckpointError
+from factorkit.utils.files import read_log
 from tests.engine.test_step import LATENT, LATENT_UVIT, make_trainer
 from tests.engine.trained import assert_identical, final_state
 
@@ -65,20 +67,36 @@ def test_training_with_object_masks_resumed_is_bit_identical(tmp_path, monkeypat
     assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
-def test_train_killed_at_random_moments_is_bit_identical(tmp_path):
-    """SIGKILL in steps and in saves, repeatedly, until the run completes."""
+def train_and_kill(folder: Path, kind: str) -> dict[str, int]:
+    """Train the runs of killed_run.py; return the number of kills by moment."""
     process = subprocess.run(
-        [sys.executable, str(KILLED_RUN), str(tmp_path)],
+        [sys.executable, str(KILLED_RUN), str(folder), kind],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(factorkit.__file__).parents[1])},
     )
     assert process.returncode == 0, process.stderr
-    kills = json.loads(process.stdout.splitlines()[-1])
-    assert kills["in training"] >= 2 and kills["in a save"] >= 2
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_train_killed_at_random_moments_is_bit_identical(tmp_path):
+    """SIGKILL in steps and in saves, repeatedly, until the run completes."""
+    kills = train_and_kill(tmp_path, "pixels")
+    assert kills["step"] >= 2 and sum(kills.values()) - kills["step"] >= 2
     assert_identical(final_state(tmp_path / "killed"), final_state(tmp_path / "whole"))
     assert not [p.name for p in (tmp_path / "killed/checkpoints").iterdir() if not p.name.startswith("step_")]
+
+
+@pytest.mark.slow
+def test_train_killed_in_every_training_of_a_latent_run_is_bit_identical(tmp_path):
+    assert list(train_and_kill(tmp_path, "latents")) == ["autoencoder", "mixture", "mask network", "branches"]
+    for stage in ("_autoencoder", "", "/stages/mixture", "/stages/distil"):
+        assert_identical(final_state(tmp_path / f"killed{stage}"), final_state(tmp_path / f"whole{stage}"))
+        resumed = [event["step"] for event in read_log(tmp_path / f"killed{stage}") if event["event"] == "resume"]
+        assert resumed == [2]
+    copies = [read_checkpoint(tmp_path / f"{name}/autoencoder.safetensors")[0] for name in ("killed", "whole")]
+    assert_identical(*copies)
 
 
 def test_micro_batches_of_the_thesis_form_take_the_same_step(tmp_path):

@@ -6,18 +6,22 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import factorkit
+from factorkit.cli.base import format_duration
 from factorkit.cli.main import main
 from factorkit.data import draw_flowers
 from factorkit.segdiff import settle
+from factorkit.segdiff import train as training
 from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderTask
+from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.segdiff.settle import settle_latents
 from factorkit.utils import distributed
-from factorkit.utils.errors import CheckpointError
+from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.files import read_log, timeline
 from tests.engine.trained import assert_identical, final_state
 
@@ -113,6 +117,7 @@ def test_train_interrupted_in_the_autoencoder_resumes_exactly_by_the_same_comman
     assert not (tmp_path / "parts").exists()
     monkeypatch.setattr(AutoencoderTask, "loss", loss)
     assert main([*words, str(tmp_path / "parts")]) == 0
+    assert "goes on from step 1 of 3; latent" in capsys.readouterr().err
     for name in ("_autoencoder", ""):
         assert_identical(final_state(tmp_path / f"parts{name}"), final_state(tmp_path / f"whole{name}"))
     events = read_log(tmp_path / "parts_autoencoder")
@@ -120,11 +125,52 @@ def test_train_interrupted_in_the_autoencoder_resumes_exactly_by_the_same_comman
 
 
 @pytest.mark.slow
-def test_train_finished_autoencoder_is_used_again_and_another_is_refused(tmp_path, images):
+def test_train_without_progress_logs_once_what_it_denoises_and_why(tmp_path, images, capsys):
+    for steps in (1, 2):
+        train(images, tmp_path, progress=False, seed_trials=2, steps=steps)
+        logged = [event["message"] for event in read_log(tmp_path / "run") if event["event"] == "latents"]
+        assert len(logged) == 1 and f"denoises {LINE}{tmp_path / 'run_autoencoder'}; " in logged[0]
+    assert "trained on these images first, for 3 steps" in (tmp_path / "run/report.html").read_text()
+    assert "denoises" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_train_interrupted_in_the_stages_goes_on_under_another_name_without_its_autoencoder(
+    tmp_path, images, monkeypatch
+):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    settings = {"masks": None, "regions": None, "mixture_steps": 2, "distil_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(ObjectStages, "choose_regions", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(images, Path(), **settings)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "run_autoencoder")
+    assert factorkit.train_segdiff(images, out=tmp_path / "moved", **{**RUN, **settings}).step == 1
+    assert not (tmp_path / "moved_autoencoder").exists()
+
+
+@pytest.mark.slow
+def test_train_interrupted_while_photos_are_encoded_leaves_no_run(tmp_path, images, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "encode_images", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(images, tmp_path)
+    assert (tmp_path / "run_autoencoder").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_train_finished_autoencoder_is_used_again_and_another_is_refused(tmp_path, images, capsys):
     train(images, tmp_path)
     state = final_state(tmp_path / "run_autoencoder")
     shutil.rmtree(tmp_path / "run")
     train(images, tmp_path)
+    assert f"autoencoder in {tmp_path / 'run_autoencoder'} is finished, and used again; " in capsys.readouterr().err
     assert_identical(final_state(tmp_path / "run_autoencoder"), state)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(CheckpointError, match="run_autoencoder holds a run with other data"):
@@ -143,7 +189,8 @@ def test_train_in_a_folder_that_is_refused_trains_no_autoencoder(tmp_path, image
 @pytest.mark.slow
 def test_train_few_photos_stay_on_pixels_with_a_line(tmp_path, images, capsys):
     assert train(images[:7], tmp_path).config.latent == "no"
-    assert 'latent="no": 7 images, and an autoencoder takes 8' in capsys.readouterr().err
+    line = 'latent="no": 7 images, and an autoencoder takes 8'
+    assert line in capsys.readouterr().err and line in (tmp_path / "run/log.jsonl").read_text().replace('\\"', '"')
     assert not (tmp_path / "run_autoencoder").exists()
 
 
@@ -151,7 +198,7 @@ def test_train_few_photos_stay_on_pixels_with_a_line(tmp_path, images, capsys):
 def test_train_started_in_latents_of_a_given_autoencoder_resumes_in_them(tmp_path, images, monkeypatch, capsys):
     given = tmp_path / "given"
     factorkit.train_autoencoder(images, out=given, resolution=SIDE, device="cpu", progress=False)
-    train(images, tmp_path, latent=str(given))
+    train(images, tmp_path, latent=given)
     for steps, limit in ((2, SIDE), (3, 1000)):  # whether latents would be the default or not
         monkeypatch.setattr(settle, "MANY_PIXELS", limit)
         run = train(images, tmp_path, steps=steps)
@@ -172,14 +219,63 @@ def settle_new(preset, folder, **changes):
         ("fast64", {}, 'preset="fast64" is a network for pixels. A step on latents is many times faster: `factorkit'),
         ("demo", {"masks": "mixture"}, 'masks="mixture" is for pixels'),
         ("demo", {"regions": (3, 2)}, "regions=(3, 2) was measured on pixels alone; latent="),
-        ("demo", {"resolution": SIDE + 2}, f"resolution={SIDE + 2} must be divisible by downsample=4"),
-        ("demo", {"channel_mult": (1, 1, 1, 1, 1)}, "in latents of 12 pixels, 4 times smaller: "),
     ],
 )
 def test_settle_latents_what_latents_do_not_suit_stays_on_pixels(tmp_path, preset, changes, line):
     settled = settle_new(preset, tmp_path, **changes)
     assert settled.config.latent == "no" and settled.config.latent_channels == 0 and not settled.training
     assert settled.note.startswith(f'latent="no": {line}' if line else "") and bool(line) == bool(settled.note)
+
+
+@pytest.mark.parametrize(
+    ("preset", "resolution", "sizes"),
+    [
+        *(("fast64", 130, "128 or resolution=160"), ("fast64", 250, "224 or resolution=256")),
+        *(("fast64", 1000, "960 or resolution=1024"), ("uvit64", 1000, "992 or resolution=1024")),
+    ],
+)
+def test_settle_latents_resolution_that_they_do_not_suit_raises_with_the_nearest(
+    tmp_path, monkeypatch, preset, resolution, sizes
+):
+    monkeypatch.setattr(settle, "MANY_PIXELS", 128)
+    expected = f'resolution={resolution} does not suit .* use resolution={sizes}, or latent="no" to denoise pixels'
+    with pytest.raises(ConfigError, match=expected):
+        settle_new(preset, tmp_path, resolution=resolution)
+    settled = settle_latents(preset, {"resolution": resolution}, tmp_path, {"latent": "no"})  # started on pixels
+    assert settled.config.latent == "no" and "was started with it" in settled.note
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 0}, "^threads=0 must be an integer of at least 1$"),
+        ({"precision": "fp16x"}, "^precision='fp16x' is unknown"),
+        ({"channel_mult": (1, 0)}, r"^channel_mult=\(1, 0\) must be"),
+        ({"channel_mult": (1,) * 5}, r"use resolution=64, or latent=\"no\""),
+        ({"channel_mult": (1,) * 10, "resolution": 512}, r'halved 9 times.* latent="no" denoises pixels$'),
+        ({"latent": ""}, 'latent=\'\' names nothing; give "auto", "no" or'),
+    ],
+)
+def test_settle_latents_settings_that_cannot_work_raise(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        settle_new("demo", tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "trained", "state"),
+    [
+        ("autoencoder", 2, 2, "autoencoder in {} goes on from step 2 of 3; latent"),
+        ("autoencoder", 3, 3, "autoencoder in {} is finished, and used again; latent"),
+        ("segdiff", 3, 0, "is trained on these images first, for 3 steps, in {}; latent"),
+    ],
+)
+def test_settle_latents_note_says_how_far_the_autoencoder_is(tmp_path, model, step, trained, state):
+    own = tmp_path / "run_autoencoder"
+    (own / "checkpoints").mkdir(parents=True)
+    (own / "config.json").write_text(json.dumps({"model": model}))
+    (own / f"checkpoints/step_{step:08d}.safetensors").touch()
+    settled = settle_new("demo", tmp_path / "run")
+    assert settled.trained_steps == trained and state.format(own) in settled.note
 
 
 @pytest.mark.parametrize(("side", "factor", "channels"), [(48, 4, 4), (240, 4, 4), (256, 8, 8), (512, 8, 8)])
@@ -206,7 +302,7 @@ def test_train_own_autoencoder_names_its_alarm(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_command_dry_run_names_pixels_or_latents(tmp_path, images, capsys):
+def test_command_dry_run_names_pixels_or_latents(tmp_path, images, capsys, monkeypatch):
     np.save(tmp_path / "images.npy", images[:9])
     np.save(tmp_path / "few.npy", images[:7])
     words = ["train", "segdiff", "--preset", "demo", "--resolution", str(SIDE), "--masks", "network", "--device", "cpu"]
@@ -214,6 +310,17 @@ def test_command_dry_run_names_pixels_or_latents(tmp_path, images, capsys):
     assert main([*words, str(tmp_path / "images.npy")]) == 0
     out = capsys.readouterr().out
     assert f"{LINE}{tmp_path / 'run_autoencoder'}" in out and "for the autoencoder first" in out
+    checkpoints = tmp_path / "run_autoencoder/checkpoints"
+    for step, state in ((2, "goes on from step 2 of 3"), (3, "is finished, and used again")):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints.parent / "config.json").write_text('{"model": "autoencoder"}')
+        (checkpoints / f"step_{step:08d}.safetensors").touch()
+        monkeypatch.setattr(training, "estimate_autoencoder", lambda **settings: {"seconds": 6000.0})
+        assert main([*words, str(tmp_path / "images.npy")]) == 0
+        out = capsys.readouterr().out
+        assert f"{checkpoints.parent} {state}; " in out and ("first" in out) == (step == 2)
+        assert step == 3 or f"of which {format_duration(2000)} for the autoencoder first" in out
+    shutil.rmtree(checkpoints.parent)
     assert main([*words, str(tmp_path / "few.npy")]) == 0
     assert "7 images, and an autoencoder takes 8" in capsys.readouterr().out
     assert main([*words, str(tmp_path / "images.npy"), "--latent", "no"]) == 0
