@@ -16,6 +16,7 @@ from factorkit.engine.step import Meter, MovingAverage
 from factorkit.engine.trainer import Trainer
 from factorkit.nn.autoencoder import Autoencoder
 from factorkit.segdiff.autoencoder import AutoencoderConfig, AutoencoderTask
+from factorkit.segdiff.baselines.supervised import SupervisedTask
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.latents import LatentSpace
 from factorkit.segdiff.task import SegdiffTask
@@ -28,22 +29,24 @@ UNET = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "atten
 UVIT = {"backbone": "uvit", "model_channels": 16, "depth": 3, "patch_size": 2}
 LATENT = {"latent_channels": 4, "latent_factor": 4, "resolution": 64, "masks": "auto"}
 LATENT_UVIT = {**LATENT, **UVIT, "masks": "network"}
-AUTOENCODER = {"autoencoder": True}
+AUTOENCODER, SUPERVISED = {"model": "autoencoder"}, {"model": "supervised"}
 SHARED = {"norm_groups": 4, "batch_size": 4, "steps": 8, "log_every": 4, "gradient_clip": 1.0, "warmup_steps": 3}
 
 
-def make_trainer(folder, device=CPU, autoencoder=False, **changes) -> Trainer:
-    """Return a tiny training of segdiff, in pixels or in latents, or of an autoencoder."""
+def make_trainer(folder, device=CPU, model="segdiff", **changes) -> Trainer:
+    """Return a tiny training of segdiff, in pixels or in latents, or of another model of images."""
     rng = np.random.default_rng(0)
-    if autoencoder:
+    if model == "autoencoder":
         config = AutoencoderConfig(**{**SHARED, "resolution": 16, "model_channels": 8, "crop_size": 8, **changes})
     else:
         settings = {"masks": "network", "resolution": 16, **(UNET if "backbone" not in changes else {}), **SHARED}
         config = preset_config(None, **{**settings, **changes})
     config, size = config.resolved(), changes.get("resolution", 16)
     photos = rng.integers(0, 256, (12, size, size, 3), np.uint8)
-    if autoencoder:
+    if model == "autoencoder":
         task = AutoencoderTask(config, photos, photos, device)
+    elif model == "supervised":
+        task = SupervisedTask(config, photos, rng.integers(0, 3, (12, size, size)), 3, device)
     elif config.latent_channels:
         latents = rng.normal(size=(12, 2, 4, 16, 16)).astype(np.float16)
         space = LatentSpace(Autoencoder(AutoencoderConfig(model_channels=8).sizes))
@@ -59,7 +62,7 @@ def make_trainer(folder, device=CPU, autoencoder=False, **changes) -> Trainer:
         {"extra_ema_decays": (0.5,)},
         {"form": "thesis", "micro_batch_size": 3},
         {"checkpoint_branches": True},
-        *(UVIT, LATENT, LATENT_UVIT, AUTOENCODER),
+        *(UVIT, LATENT, LATENT_UVIT, AUTOENCODER, SUPERVISED),
     ],
 )
 @pytest.mark.slow
@@ -77,8 +80,8 @@ def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, UVIT, LATENT, LATENT_UVIT, AUTOENCODER],
-    ids=["unet", "uvit", "latent", "latent uvit", "autoencoder"],
+    [{}, UVIT, LATENT, LATENT_UVIT, AUTOENCODER, SUPERVISED],
+    ids=["unet", "uvit", "latent", "latent uvit", "autoencoder", "supervised"],
 )
 def test_training_step_tensors_stay_in_place(tmp_path, changes):
     """A graph knows addresses: every tensor the step reads or updates must be the same one in every step."""
@@ -297,6 +300,7 @@ STEPS = [
     LATENT,
     LATENT_UVIT,
     AUTOENCODER,
+    SUPERVISED,
 ]
 
 
