@@ -18,16 +18,15 @@ from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
 from factorkit.engine.run_folder import CONFIG, check_claim, claimed, locked, read_object, read_settings, write_json
-from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
-from factorkit.nerfdiff.scene import Scene, choose_unbounded
+from factorkit.nerfdiff.scene import MIN_SCENE_VIEWS, Scene, choose_unbounded
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
 from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.sfm import SfmResult, find_cameras
-from factorkit.nerfdiff.verdict import MASK_FAILURES, write_report
+from factorkit.nerfdiff.verdict import MASK_FAILURES, log_lines
 from factorkit.report.content import judged_alarms
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
@@ -95,11 +94,7 @@ class SearchRecord:
         """Save the record, and write it once into the log of the run, for its report; return it as sentences."""
         self.save(folder)
         lines = [*(f"Tried {trial.describe()}" for trial in self.trials), *notes]
-        logged = [event.get("lines") for event in read_log(folder) if event.get("event") == "search"]
-        if lines not in logged[-1:]:
-            with RunLog(folder) as log:
-                log.event("search", lines=lines)
-            write_report(folder)
+        log_lines(folder, "search", lines)
         return lines
 
 
@@ -252,7 +247,11 @@ def decide(data: Any, reading: dict[str, Any]) -> tuple[str, str]:
 
 def list_training_views(data: Any, reading: dict[str, Any]) -> Sequence[LazyView] | Views:
     """Return the training views at the size of their files, listed but not decoded."""
-    return data if isinstance(data, Views) else list_views(data, "train", MAX_SIDE, **reading).views
+    return (
+        data
+        if isinstance(data, Views)
+        else list_views(data, "train", MAX_SIDE, min_views=MIN_SCENE_VIEWS, **reading).views
+    )
 
 
 def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
@@ -315,7 +314,8 @@ def _sfm_config(config: NerfdiffConfig) -> NerfdiffConfig:
 def _register(request: RunRequest) -> SfmResult:
     data = request.data
     images = read_feature_images(list_training_views(data, request.reading), request.progress)
-    ordered = isinstance(data, (str, os.PathLike)) and is_video(Path(data).expanduser())
+    video = isinstance(data, (str, os.PathLike)) and is_video(Path(data).expanduser())
+    ordered = request.config.ordered == "yes" or (request.config.ordered == "auto" and video)
     return find_cameras(images, request.folder / SFM_FOLDER, ordered, request.progress)
 
 

@@ -62,6 +62,13 @@ def test_find_order_by_names_by_times_or_none():
     views = make_procedural_views(2, 4)
     notes = [list_notes(views, scene, replace(config, ordered="yes"))[-1] for scene in (turn, timed)]
     assert "order of their names" in notes[0] and "order of the times in their EXIF data" in notes[1]
+    unused = ({"poses": "known"}, {"poses": "learned"}, {"search": "sfm"}, {"search": "joint"})
+    for changes in unused:
+        assert not any(
+            "one turn" in note for note in list_notes(views, turn, replace(config, ordered="yes", **changes))
+        )
+    forward = replace(turn, layout="forward")
+    assert not any("one turn" in note for note in list_notes(views, forward, replace(config, ordered="yes")))
     assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed, timed)] == ["yes", "no", "yes"]
     assert choose_capture_settings(replace(config, poses="known"), turn).ordered == "no"
 
