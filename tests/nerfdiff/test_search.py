@@ -163,7 +163,7 @@ def test_train_one_or_two_images_are_counted_before_the_split(tmp_path, settings
     text = f": 2 views, 1 of them for training; {held_out} is held out for testing .*At least 2 .*open_views"
     with pytest.raises(DataError, match=text):
         train_nerfdiff(two, out=tmp_path / "run", **settings)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_report_registration_many_unregistered_are_all_in_the_report(tmp_path):
