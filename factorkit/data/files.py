@@ -176,6 +176,11 @@ def natural_sort_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     return [(1, 0, part) if n is None else (0, len(n), n) for part, n in zip(parts, numbers, strict=True)], name
 
 
+def natural_order(names: Sequence[str]) -> list[int]:
+    """Return the rows of names in natural order; files are listed with 10 before 2."""
+    return sorted(range(len(names)), key=lambda i: natural_sort_key(names[i]))
+
+
 def escape_name(name: str) -> str:
     """Return a name for a message: on one line, without control characters."""
     return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")

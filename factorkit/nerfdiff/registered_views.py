@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.files import format_examples
+from factorkit.data.files import MAX_EXAMPLES, format_examples
 from factorkit.data.views.arrangement import Arrangement, arrange
 from factorkit.data.views.colmap import ModelCameras, read_model
 from factorkit.data.views.loading import LazyView, load_views
@@ -123,17 +123,17 @@ class LocalisedViews:
     poses: Tensor = field(default_factory=lambda: torch.zeros(0, 4, 4))
     others: tuple[str, ...] = ()
 
-    def describe(self) -> list[str]:
-        """Return sentences on what was localised; none if all images were registered."""
+    def describe(self, limit: int = MAX_EXAMPLES) -> list[str]:
+        """Return sentences on what was localised, with up to ``limit`` names; none if all images were registered."""
         total, notes = len(self.names) + len(self.others), []
         if self.names:
             notes.append(
                 f"Localised in the finished scene, not trained on: {len(self.names)} of the "
                 f"{format_count(total, 'image')} that structure from motion did not register: "
-                f"{format_examples(self.names)}."
+                f"{format_examples(self.names, limit)}."
             )
         if self.others:
-            notes.append(f"Without a pose, and left out of exports: {format_examples(self.others)}.")
+            notes.append(f"Without a pose, and left out of exports: {format_examples(self.others, limit)}.")
         return notes
 
 

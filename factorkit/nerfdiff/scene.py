@@ -16,6 +16,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.rays import CameraModel, same_aspect_ratio
 from factorkit.utils.errors import ConfigError, DataError
 
+MIN_SCENE_VIEWS = 2
 MIN_COLOR_STD = 2e-3  # half a step of 8 bits: views with a smaller standard deviation are empty
 INTRINSICS_TOLERANCE = 0.01  # difference of focal lengths and centres, relative to the image's side
 MIN_INWARD_SHARE = 0.9  # of the cameras that look towards the centre, for a scene that surrounds it
@@ -89,8 +90,10 @@ def open_scene(
         ConfigError: a box that is not positive, or without known poses around an object.
         DataError: fewer than two views, empty views, or known poses that cannot be normalised.
     """
-    if len(views) < 2:
-        raise DataError(f"{len(views)} view: a scene needs at least 2 views; about 30 give reliable poses")
+    if len(views) < MIN_SCENE_VIEWS:
+        raise DataError(
+            f"{len(views)} view: a scene needs at least {MIN_SCENE_VIEWS} views; about 30 give reliable poses"
+        )
     views = views.resize(resolution)
     if views.images.std((0, 2, 3)).max() < MIN_COLOR_STD:
         raise DataError("no foreground: all pixels of all views are equal. Are masks or background inverted?")

@@ -21,7 +21,7 @@ from factorkit.engine.run_folder import CONFIG, check_claim, claimed, locked, re
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
-from factorkit.nerfdiff.scene import Scene, choose_unbounded
+from factorkit.nerfdiff.scene import MIN_SCENE_VIEWS, Scene, choose_unbounded
 from factorkit.nerfdiff.search_record import FILE, SearchRecord, Trial, exchange, judge_run, load_record
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
 from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
@@ -207,7 +207,11 @@ def decide(data: Any, reading: dict[str, Any]) -> tuple[str, str]:
 
 def list_training_views(data: Any, reading: dict[str, Any]) -> Sequence[LazyView] | Views:
     """Return the training views at the size of their files, listed but not decoded."""
-    return data if isinstance(data, Views) else list_views(data, "train", MAX_SIDE, **reading).views
+    return (
+        data
+        if isinstance(data, Views)
+        else list_views(data, "train", MAX_SIDE, min_views=MIN_SCENE_VIEWS, **reading).views
+    )
 
 
 def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
@@ -270,7 +274,8 @@ def _sfm_config(config: NerfdiffConfig) -> NerfdiffConfig:
 def _register(request: RunRequest) -> SfmResult:
     data = request.data
     images = read_feature_images(list_training_views(data, request.reading), request.progress)
-    ordered = isinstance(data, (str, os.PathLike)) and is_video(Path(data).expanduser())
+    video = isinstance(data, (str, os.PathLike)) and is_video(Path(data).expanduser())
+    ordered = request.config.ordered == "yes" or (request.config.ordered == "auto" and video)
     return find_cameras(images, request.folder / SFM_FOLDER, ordered, request.progress)
 
 

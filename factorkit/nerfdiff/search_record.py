@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from factorkit.engine.run_folder import CONFIG, read_object, read_settings, write_json
-from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER
-from factorkit.nerfdiff.verdict import write_report
+from factorkit.nerfdiff.verdict import log_lines
 from factorkit.report.content import describe_check, judged_alarms, read_checks
 from factorkit.utils.files import read_log
 
@@ -94,11 +93,7 @@ class SearchRecord:
             are_rejected = all(trial.problem for trial in self.trials)
             reason = ", although alarms rejected it: no search has a lower held-out error" if are_rejected else ""
             lines.append(f'Kept search="{kept}"{reason}.')
-        logged = [event.get("lines") for event in read_log(folder) if event.get("event") == "search"]
-        if lines not in logged[-1:]:
-            with RunLog(folder) as log:
-                log.event("search", lines=lines)
-            write_report(folder)
+        log_lines(folder, "search", lines)
         return lines
 
 

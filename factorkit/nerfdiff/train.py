@@ -24,7 +24,7 @@ from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.scene import Scene, choose_unbounded, open_scene, require_poses
+from factorkit.nerfdiff.scene import MIN_SCENE_VIEWS, Scene, choose_unbounded, open_scene, require_poses
 from factorkit.nerfdiff.search import (
     PoseSearch,
     RunRequest,
@@ -40,7 +40,7 @@ from factorkit.nerfdiff.stages.pose_search import find_order
 from factorkit.nerfdiff.stages.recentre import is_unevenly_framed
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
-from factorkit.nerfdiff.unregistered import localise_unregistered
+from factorkit.nerfdiff.unregistered import localise_unregistered, report_registration
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.memory import require_memory
@@ -110,9 +110,10 @@ def train_nerfdiff(
             Training(config, scene, folder, settings, progress).run()
             run = NerfdiffRun.load(folder, device=device)
             if search.model is not None:
-                notes = localise_unregistered(run, run.step, run.views, folder, source, reading).describe()
+                localised = localise_unregistered(run, run.step, run.views, folder, source, reading)
+                distributed.run_on_first(lambda: report_registration(folder, localised))
                 if progress:
-                    print_notes(notes)
+                    print_notes(localised.describe())
             return run
 
     search: PoseSearch | None = choose_search(request)
@@ -246,7 +247,7 @@ def choose_capture_settings(
     These are ``optimize_camera``, ``ordered``, ``unbounded``, ``field`` and its sizes. The choices of ``stored``
     settings, those of a run that is resumed, stay.
     """
-    searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
+    searched = is_object_search(config, scene)
     parameters, ordered = config.optimize_camera, config.ordered
     if parameters is None and stored.get("optimize_camera") is not None:
         parameters = tuple(stored["optimize_camera"])
@@ -266,6 +267,11 @@ def choose_capture_settings(
         by_views = "grid" if unbounded == "yes" else "gaussians"
         config = config.with_field(by_views if config.field == "auto" else config.field, unbounded)
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
+
+
+def is_object_search(config: NerfdiffConfig, scene: Scene) -> bool:
+    """Return whether the dictionary searches cameras around an object."""
+    return scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
 
 
 def list_notes(
@@ -295,7 +301,7 @@ def list_notes(
             "The focal length is a guess, since neither cameras, EXIF nor fov= (--fov) give it, and is optimised "
             '(optimize_camera has "focal").'
         )
-    if config.ordered == "yes":
+    if config.ordered == "yes" and is_object_search(config, scene):
         source = "the times in their EXIF data" if find_order(scene) == "times" else "their names"
         notes.append(f"The views are taken as one turn around the object in the order of {source} (--ordered no).")
     if config.unbounded == "yes":
@@ -332,7 +338,7 @@ def _prepare(
     elif isinstance(data, Views):
         views = open_views(data, **reading)
     else:
-        views = open_views(data, "train", config.resolution, **reading)
+        views = open_views(data, "train", config.resolution, min_views=MIN_SCENE_VIEWS, **reading)
     views = views.resize(config.resolution)
     known_poses = config.poses == "known" or search.model is not None
     if box is not None and search.model is not None:

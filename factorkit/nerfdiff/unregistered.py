@@ -17,11 +17,14 @@ from factorkit.nerfdiff.loaded_scene import LoadedScene
 from factorkit.nerfdiff.registered_views import (
     LOCALISED,
     MODEL_FOLDER,
+    SFM_FOLDER,
     LocalisedViews,
     list_unregistered,
     load_localised,
 )
 from factorkit.nerfdiff.scene import match_size
+from factorkit.nerfdiff.stages.sfm import load_result
+from factorkit.nerfdiff.verdict import log_lines
 from factorkit.utils import distributed
 
 REFINE_STEPS = 100
@@ -62,6 +65,14 @@ def localise_unregistered(
     values = {"step": step, "names": result.names, "poses": result.poses.tolist(), "others": result.others}
     distributed.run_on_first(lambda: write_json(folder / LOCALISED, values))
     return result
+
+
+def report_registration(folder: Path, localised: LocalisedViews) -> None:
+    """Write into the report of a run what was registered, with the names of all images that were not."""
+    result = load_result(folder / SFM_FOLDER)
+    if result is not None:
+        count = len(result.unregistered)
+        log_lines(folder, "sfm", [*result.describe(count), *localised.describe(count)])
 
 
 def open_unregistered(data: Any, reading: dict[str, Any], folder: Path, resolution: int) -> Views | None:

@@ -20,7 +20,7 @@ from factorkit.report.content import (
     passed_decisively,
     summarise_checks,
 )
-from factorkit.utils.files import is_number
+from factorkit.utils.files import is_number, read_log
 
 MASK_FAILURES = "mask_failures"  # of alarms: those failures that are of masks made for the run
 MIN_SHARE_UNDER_10_DEG = 0.9  # share of cameras less than 10 degrees off from which a scene counts as solved
@@ -34,7 +34,7 @@ def judge_cameras(log: Log, scores: Record) -> Verdict:
     alarms, failures = judged_alarms(log)
     median: Any = scores.get("rotation_median_deg")
     share: Any = scores.get("under_10_deg")
-    details: list[str] = next((event["lines"] for event in reversed(log) if event.get("event") == "search"), [])[:]
+    details = [line for name in ("search", "sfm") for line in _newest_lines(log, name)]
     if alarms is not None:
         details += summarise_checks(log)
     scored = is_number(median) and is_number(share)
@@ -91,6 +91,18 @@ REPORT = ReportContent(
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``folder/report.html``; see :func:`factorkit.report.html.write_report`."""
     return html.write_report(folder, REPORT)
+
+
+def log_lines(folder: Path, event: str, lines: list[str]) -> None:
+    """Write sentences for the report into the log of a run, unless its newest event of this name has them."""
+    if lines != _newest_lines(read_log(folder), event):
+        with RunLog(folder) as log:
+            log.event(event, lines=lines)
+        write_report(folder)
+
+
+def _newest_lines(log: Log, name: str) -> list[str]:
+    return next((event["lines"] for event in reversed(log) if event.get("event") == name), [])
 
 
 def log_alarms(folder: Path, alarms: Record) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from unittest.mock import Mock
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from factorkit.engine.run_folder import write_json
 from factorkit.metrics.pose import pose_errors
 from factorkit.nerfdiff import search, search_record, unregistered
-from factorkit.nerfdiff.registered_views import LOCALISED
+from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER, LocalisedViews
 from factorkit.nerfdiff.search import Trial
+from factorkit.nerfdiff.stages.sfm import MODEL, RESULT, SfmResult
 from factorkit.nerfdiff.train import estimate, train_nerfdiff
-from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
+from factorkit.utils.errors import DataError
+from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo, render_turned
 
 pytest.importorskip("pycolmap", reason="the extra `sfm`")
 SIZE = (240, 320)
@@ -53,6 +57,7 @@ def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
     text = capsys.readouterr().err
     assert "Localised in the finished scene, not trained on: 1 of the 1 image" in text
     assert 'Tried search="sfm": held-out error' in text
+    assert "left out of the training: 3_blurred.png." in (tmp_path / "run/report.html").read_text()
     assert run.localised.names == ("3_blurred.png",) and run.localised.poses.shape == (1, 4, 4)
     run.export(tmp_path / "transforms.json")
     frames = json.loads((tmp_path / "transforms.json").read_text())["frames"]
@@ -118,6 +123,64 @@ def test_train_auto_rejected_dictionary_of_small_images_says_why_nothing_follows
     (tmp_path / "run/search.json").unlink()  # as of an earlier version
     train_nerfdiff(scene_views, out=tmp_path / "run", **{**tiny, "progress": True})
     assert "was not tried" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fov", [None, 48.9])
+def test_train_sfm_photos_turned_on_the_spot_stop_before_the_training(tmp_path, settings, fov):
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(render_turned(POSES[0], np.arange(-12, 20, 4.0), (120, 160))):
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    with pytest.raises(DataError, match=r"registered none of 7 images: the camera turned on the spot.* no parallax"):
+        train_nerfdiff(tmp_path / "photos", out=tmp_path / "run", **{**settings, "search": "sfm", "fov": fov})
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(("ordered", "expected"), [("auto", False), ("no", False), ("yes", True)])
+def test_train_sfm_ordered_compares_frames_in_order(tmp_path, photos, settings, monkeypatch, ordered, expected):
+    def stop(images, folder, ordered, progress):
+        raise RuntimeError(f"ordered is {ordered}")
+
+    monkeypatch.setattr(search, "find_cameras", stop)
+    with pytest.raises(RuntimeError, match=f"ordered is {expected}"):
+        train_nerfdiff(photos, out=tmp_path / "run", **{**settings, "search": "sfm", "ordered": ordered})
+
+
+@pytest.mark.parametrize("name", ["auto", "sfm", "dictionary"])
+@pytest.mark.parametrize("as_array", [True, False])
+def test_train_one_or_two_images_are_counted_before_the_split(tmp_path, settings, name, as_array):
+    settings, images = {**settings, "search": name}, np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
+    for i, pixels in enumerate(images):
+        (tmp_path / f"{i + 1}").mkdir()
+        for k in range(i + 1):
+            Image.fromarray(pixels).save(tmp_path / f"{i + 1}" / f"{k}.png")
+    one, two = (images[:1], images) if as_array else (tmp_path / "1", tmp_path / "2")
+    held_out = "000000" if as_array else "0.png"
+    with pytest.raises(
+        DataError, match=f": 1 view, 0 of them for training; {held_out} is held out .* give more images$"
+    ):
+        train_nerfdiff(one, out=tmp_path / "run", **settings)
+    text = f": 2 views, 1 of them for training; {held_out} is held out for testing .*At least 2 .*open_views"
+    with pytest.raises(DataError, match=text):
+        train_nerfdiff(two, out=tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_report_registration_many_unregistered_are_all_in_the_report(tmp_path):
+    names = tuple(f"{i}.png" for i in range(7))
+    result = SfmResult(("a.png",), names, tmp_path / "model", plain=names[5:])
+    assert "0.png, 1.png, 2.png, ..." in result.describe()[0]
+    folder = tmp_path / SFM_FOLDER
+    (folder / MODEL).mkdir(parents=True)
+    (folder / MODEL / "images.bin").touch()
+    write_json(folder / RESULT, {"result": asdict(result) | {"model": MODEL}})
+    (tmp_path / "config.json").write_text("{}")
+    for _ in range(2):
+        unregistered.report_registration(tmp_path, LocalisedViews(names[:4], torch.zeros(4, 4, 4), names[4:]))
+    text = (tmp_path / "report.html").read_text()
+    assert "left out of the training: 0.png, 1.png, 2.png, 3.png, 4.png, 5.png, 6.png." in text
+    assert "did not register: 0.png, 1.png, 2.png, 3.png." in text and "5.png, 6.png" in text
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -30,6 +30,16 @@ def orbit(degrees, elevation: float = 30.0, distance: float = 3.0) -> np.ndarray
     return look_at(eye, torch.zeros_like(eye), up).numpy()
 
 
+def render_turned(pose: np.ndarray, degrees, size: tuple[int, int]) -> list[np.ndarray]:
+    """Return images of a camera that turns on the spot about its vertical axis."""
+    images = []
+    for angle in np.radians(degrees):
+        turn = np.eye(4)
+        turn[0, 0], turn[0, 2], turn[2, 0], turn[2, 2] = np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)
+        images.append(render_photo(pose @ turn, make_intrinsics_of(size), size)[0])
+    return images
+
+
 def _make_texture(seed: int) -> np.ndarray:
     rng, total = np.random.default_rng(seed), np.zeros((TEXTURE_SIDE, TEXTURE_SIDE, 3))
     for cells in (16, 64):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from factorkit.data.files import fold_stem, format_examples, is_image, list_image_names
+from factorkit.data.files import escape_name, fold_stem, format_examples, is_image, list_image_names
 from factorkit.data.masks import image_stems
 from factorkit.data.sources import FileSource
 from factorkit.data.video import is_video
@@ -73,6 +73,7 @@ def open_views(
     layout: SceneLayout | Literal["auto"] | None = None,
     loss_masks: Any = None,
     default_fov: float = DEFAULT_FOV,
+    min_views: int = 1,
     seed: int = 0,
 ) -> Views:
     """Open the views of one scene, with their cameras if the files define them.
@@ -102,10 +103,12 @@ def open_views(
             cameras that look at nothing in common into a warning.
         loss_masks: masks of value 0 where a view is not scored, matched by name.
         default_fov: field of view where neither cameras, nor `fov`, nor EXIF define it.
+        min_views: number of views in the split below which files are refused.
         seed: seed of the noise.
 
     Raises:
-        DataError: the path does not exist, or its files are inconsistent; the message names the file.
+        DataError: the path does not exist, its files are inconsistent, or the split has too few views; the message
+            names the file.
         ConfigError: invalid arguments, or a video without the packages to decode it.
 
     Example:
@@ -119,7 +122,15 @@ def open_views(
             raise ConfigError("masks= and loss_masks= are for files; these are Views, which have their own")
         return _reopen(source, split, resolution, layout)
     listed = list_views(
-        source, split, resolution, masks=masks, fov=fov, layout=layout, loss_masks=loss_masks, default_fov=default_fov
+        source,
+        split,
+        resolution,
+        masks=masks,
+        fov=fov,
+        layout=layout,
+        loss_masks=loss_masks,
+        default_fov=default_fov,
+        min_views=min_views,
     )
     return load_views(
         listed.views,
@@ -159,6 +170,7 @@ def list_views(
     layout: SceneLayout | Literal["auto"] | None = None,
     loss_masks: Any = None,
     default_fov: float = DEFAULT_FOV,
+    min_views: int = 1,
 ) -> ListedViews:
     """List the views of one scene without decoding them; see :func:`open_views` for arguments and errors.
 
@@ -195,7 +207,27 @@ def list_views(
                 _warn_about_unread_cameras(path)
         views, settings = read_images(source if path is None else path, split, masks, fov, default_fov)
         views, notes = add_masks(views, settings, None, loss_masks, upright=True)
+    if len(views) < min_views:
+        raise DataError(_describe_too_few(path, split, [view.name for view in views], settings.names, min_views))
     return ListedViews(views, arrangement, notes, settings.points)
+
+
+def _describe_too_few(
+    path: Path | None, split: str | None, names: Sequence[str], every: Sequence[str], min_views: int
+) -> str:
+    """Say how many views there are, how many of them the split has, and where the others are."""
+    text = f"{'the images' if path is None else escape_name(str(path))}: {format_count(len(every), 'view')}"
+    if others := [name for name in every if name not in names]:
+        are = "is" if len(others) == 1 else "are"
+        use, other_use = ("testing", "training") if split == "test" else ("training", "testing")
+        text += (
+            f", {len(names)} of them for {use}; {format_examples(others)} {are} held out for {other_use} (every 8th "
+            "view is held out from training, unless files or folders define the splits)"
+        )
+    text += f". At least {min_views} are needed: give more images"
+    if len(every) >= min_views:
+        text += ", or all of them as factorkit.data.open_views(...), which training does not split"
+    return text
 
 
 def _check_reading(

@@ -6,6 +6,8 @@ Nothing depends on the number of threads: images have fixed numbers, and every r
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from factorkit.data.files import natural_order
 from factorkit.nerfdiff.stages.feature_images import FeatureImage
 from factorkit.utils.errors import ConfigError
 
@@ -26,6 +29,7 @@ SIMILAR = 20  # most similar images that each of many images in no order is comp
 SIMILARITY_SIDE = 16  # pixels of the images whose difference says how similar they are
 MIN_PAIR_MATCHES = 30  # from which on a pair of images counts as matching
 STILL_DISTANCE = 2 / 512  # of the longer side, by which a match moves at least that is no part of a still background
+FOCAL_FACTORS = np.geomspace(0.5, 2, 41)  # tried on focal lengths that may be guesses
 MAX_STILL = 0.5  # share of a pair's matches, or of the pairs, beyond which they are still
 
 
@@ -43,6 +47,9 @@ def import_pycolmap() -> ModuleType:
         raise ConfigError(
             f'pycolmap {pycolmap.__version__} is too old: pip install "factorkit[sfm]", or give search="dictionary"'
         )
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # that of pycolmap prints a stack trace
     pycolmap.logging.minloglevel = 3  # fatal errors; COLMAP logs every step, and the results show what fails
     return pycolmap
 
@@ -131,12 +138,20 @@ def extract_features(colmap: ModuleType, path: Path, images: Sequence[FeatureIma
 
 
 def choose_pairs(images: Sequence[FeatureImage], ordered: bool) -> list[tuple[int, int]]:
-    """Return pairs of indices to compare: all, or of many images or frames those that probably overlap."""
+    """Return pairs of indices to compare: all, or of many images or frames those that probably overlap.
+
+    Args:
+        images: in any order.
+        ordered: whether the images were taken in the order of their names, numbers by value. Then each is compared with
+            the ten before it, and every tenth with every other tenth, which closes loops.
+    """
     count = len(images)
     if count < MAX_EXHAUSTIVE and not ordered:
         return [(i, j) for j in range(count) for i in range(j)]
-    pairs = {(i, j) for j in range(count) for i in range(max(0, j - NEIGHBOURS), j)}
-    pairs |= {(i, j) for j in range(0, count, NEIGHBOURS) for i in range(0, j, NEIGHBOURS)}
+    order = natural_order([image.name for image in images])
+    near = {(i, j) for j in range(count) for i in range(max(0, j - NEIGHBOURS), j)}
+    near |= {(i, j) for j in range(0, count, NEIGHBOURS) for i in range(0, j, NEIGHBOURS)}
+    pairs = {(min(order[i], order[j]), max(order[i], order[j])) for i, j in near}
     if not ordered:
         for i, row in enumerate(np.argsort(differences(images), axis=1, kind="stable")[:, :SIMILAR].tolist()):
             pairs |= {(min(i, j), max(i, j)) for j in row if i != j}
@@ -207,6 +222,36 @@ def drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureI
                 )
                 database.update_two_view_geometry(i + 1, j + 1, geometry)
         return still, len(pairs)
+
+
+def measure_parallax(colmap: ModuleType, database: Any) -> float | None:
+    """Return the parallax of images in units of their distance, if most pairs fit a homography: a plane or no parallax.
+
+    Without parallax the homography of a pair, in normalised coordinates, is a rotation. Otherwise its largest singular
+    value exceeds its smallest by about the baseline over the distance of the plane. Focal lengths may be wrong: they
+    are multiplied by the factor with the least parallax (Hartley 1997, self-calibration of stationary cameras).
+
+    Returns:
+        The upper quartile over the pairs; None if most pairs fit no homography, or none match.
+    """
+    kinds = colmap.TwoViewGeometryConfiguration
+    numbers, geometries = database.read_two_view_geometries()
+    pairs = [(k, x) for k, x in zip(numbers, geometries, strict=True) if len(x.inlier_matches)]
+    flat = [(k, x.H) for k, x in pairs if int(x.config) in (int(kinds.PANORAMIC), int(kinds.PLANAR_OR_PANORAMIC))]
+    if not pairs or len(flat) <= len(pairs) / 2:
+        return None
+    k = {x.camera_id: x.calibration_matrix() for x in database.read_all_cameras()}
+    k_of = {x.image_id: k[x.camera_id] for x in database.read_all_images()}
+    first, second = (np.stack([k_of[colmap.pair_id_to_image_pair(n)[i]] for n, _ in flat]) for i in (0, 1))
+    parallax = []
+    for factor in FOCAL_FACTORS:
+        scale = np.diag([factor, factor, 1.0])
+        # K with a scaled focal length is K scale: the principal point stays
+        turn = np.linalg.inv(second @ scale) @ np.stack([h for _, h in flat]) @ first @ scale
+        values = np.linalg.svd(turn, compute_uv=False)
+        parallax.append(values[:, 0] / values[:, 2].clip(1e-12) - 1)
+    best = min(parallax, key=np.median)
+    return float(np.quantile(best, 0.75))
 
 
 def is_still(still: int, pairs: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from factorkit.data.files import natural_order
 from factorkit.data.views.views import resize_area, target_size
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
@@ -203,7 +204,7 @@ def find_order(scene: Scene) -> Order | None:
     images = scene.images
     if scene.foreground is not None:
         images = recentre_scene(scene, foreground_offsets(scene.foreground)).images
-    if likeness_ratio(images) < MAX_LIKENESS_RATIO:
+    if likeness_ratio(images[natural_order(scene.names)]) < MAX_LIKENESS_RATIO:
         return "names"
     by_time = scene.times is not None and likeness_ratio(images[scene.times.argsort(stable=True)]) < MAX_LIKENESS_RATIO
     return "times" if by_time else None
@@ -217,14 +218,16 @@ def ring_azimuths(names: list[str], times: Tensor | None = None) -> Tensor:
     """
     if times is not None:
         return (360 * times.argsort(stable=True).argsort() / len(names)).float()
-    numbers = [re.findall(r"[0-9]+", name) for name in names]
+    order = natural_order(names)
+    numbers = [re.findall(r"[0-9]+", names[i]) for i in order]
     positions = torch.arange(len(names), dtype=torch.float64)
     if all(numbers):
         last = torch.tensor([float(found[-1]) for found in numbers], dtype=torch.float64)
         steps = last.diff()
         if (steps > 0).all() and steps.max() <= MAX_NUMBER_GAP * steps.median():
             positions = (last - last[0]) / steps.median()
-    return (360 * positions / (positions[-1] + 1)).float()
+    azimuths = (360 * positions / (positions[-1] + 1)).float()
+    return azimuths[torch.tensor(order).argsort()]
 
 
 def ring_directions(scene: Scene, way: Way, elevation: float) -> Tensor:

@@ -14,7 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from factorkit.data.files import format_examples
+import numpy as np
+from tqdm import tqdm
+
+from factorkit.data.files import MAX_EXAMPLES, format_examples
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.nerfdiff.stages.feature_images import FeatureImage
 from factorkit.nerfdiff.stages.matches import (
@@ -29,13 +32,18 @@ from factorkit.nerfdiff.stages.matches import (
     import_pycolmap,
     is_still,
     match_images,
+    measure_parallax,
     opened,
     write_images,
 )
 from factorkit.utils.errors import DataError, format_count
 
-VERSION = 1  # of this procedure, part of the key of stored results
+VERSION = 2  # of this procedure, part of the key of stored results
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
+# Points that half of a model's images must see; cameras that turn on the spot have 0 to 13 by chance, others hundreds.
+MIN_IMAGE_POINTS = 20
+# Cameras on the spot had 0.009 at most, a wall from an arc of 12 degrees 0.06, see `measure_parallax`.
+MIN_PARALLAX = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,8 @@ class SfmResult:
         """Share of the images with a camera."""
         return len(self.registered) / max(1, len(self.registered) + len(self.unregistered))
 
-    def describe(self) -> list[str]:
-        """Return sentences on what was registered."""
+    def describe(self, limit: int = MAX_EXAMPLES) -> list[str]:
+        """Return sentences on what was registered, with the names of ``limit`` images that were not."""
         total, still = len(self.registered) + len(self.unregistered), []
         if is_still(*self.still_pairs):
             still = [
@@ -80,26 +88,26 @@ class SfmResult:
             ]
         if self.model is None:
             text = f"Structure from motion registered none of {format_count(total, 'image')}: {self.reason}."
-            return [*still, text + self._describe_plain()]
+            return [*still, text + self._describe_plain(limit)]
         text = (
             f"Structure from motion registered {len(self.registered)} of {format_count(total, 'image')}, with "
             f"{format_count(self.points, 'point')} and an error of {self.error:.2f} pixels."
         )
         if self.unregistered:
-            text += f" Not registered, and left out of the training: {format_examples(self.unregistered)}."
-            text += self._describe_plain()
+            text += f" Not registered, and left out of the training: {format_examples(self.unregistered, limit)}."
+            text += self._describe_plain(limit)
         if self.other_models:
             sizes = ", ".join(map(str, self.other_models))
             text += f" Not used: {format_count(len(self.other_models), 'separate model')} of {sizes} images."
         return [*still, text]
 
-    def _describe_plain(self) -> str:
+    def _describe_plain(self, limit: int) -> str:
         if not self.plain:
             return ""
         count = format_count(len(self.plain), "image")
         return (
             f" {count} {'has' if len(self.plain) == 1 else 'have'} fewer than {MIN_PAIR_MATCHES} features, by masks, "
-            f"blur or lack of texture: {format_examples(self.plain)}."
+            f"blur or lack of texture: {format_examples(self.plain, limit)}."
         )
 
 
@@ -109,8 +117,7 @@ def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, pr
     Args:
         images: in their order.
         folder: of this stage; it is replaced if it holds the result of other images.
-        ordered: whether the images are frames of a video or a walk: then neighbours are compared, and every tenth
-            frame with every other tenth, which finds closed loops.
+        ordered: whether the images are frames of a video or a walk, see :func:`choose_pairs`.
         progress: show progress bars.
 
     Raises:
@@ -130,7 +137,7 @@ def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, pr
     extract_features(colmap, database, images, progress)
     match_images(colmap, database, choose_pairs(images, ordered), progress)
     still_pairs = drop_still_matches(colmap, database, images)
-    result = replace(_map_images(colmap, database, folder, images), still_pairs=still_pairs)
+    result = replace(_map_images(colmap, database, folder, images, progress), still_pairs=still_pairs)
     values = asdict(result) | {"model": None if result.model is None else MODEL}
     write_json(folder / RESULT, {"key": key, "result": values})
     database.unlink(missing_ok=True)
@@ -167,15 +174,20 @@ def _key(images: Sequence[FeatureImage], ordered: bool, version: str) -> str:
     return parts.hexdigest()
 
 
-def _map_images(colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage]) -> SfmResult:
+def _map_images(
+    colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage], progress: bool
+) -> SfmResult:
     """Find all cameras at once (GLOMAP, Pan et al. 2024); write the largest model with the names of the views.
 
     Registering one image after another found 43 of Lego's 100 cameras where this finds 97, and no ring of cameras.
     """
     with opened(colmap, path) as database:
         is_exact = [camera.model_name == "PINHOLE" for camera in database.read_all_cameras()]
-        reason = _explain_no_model(colmap, database)
+        reason, parallax = _explain_no_model(colmap, database), measure_parallax(colmap, database)
         plain = [x.name for i, x in enumerate(images) if database.num_keypoints_for_image(i + 1) < MIN_PAIR_MATCHES]
+    names = [image.name for image in images]
+    if parallax is not None and parallax < MIN_PARALLAX:  # COLMAP would invent positions
+        return SfmResult((), tuple(names), None, reason, plain=tuple(plain))
     # sums of several threads depend on their order
     options = colmap.GlobalPipelineOptions(num_threads=1, random_seed=0)
     mapper = options.mapper
@@ -188,10 +200,13 @@ def _map_images(colmap: ModuleType, path: Path, folder: Path, images: Sequence[F
     work = folder / "models"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    found = colmap.global_mapping(path, folder, work, options)
+    # without a bar: COLMAP reports nothing in between
+    line = f"sfm: cameras of {format_count(len(images), 'image')}, all at once"
+    with tqdm(desc=line, bar_format="{desc}", disable=not progress, leave=False):
+        found = colmap.global_mapping(path, folder, work, options)
     shutil.rmtree(work)
-    models = sorted(found.values(), key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
-    names = [image.name for image in images]
+    models = [model for model in found.values() if _median_points(model) >= MIN_IMAGE_POINTS]
+    models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
     if not models:
         return SfmResult((), tuple(names), None, reason, plain=tuple(plain))
     largest = models[0]
@@ -211,6 +226,11 @@ def _map_images(colmap: ModuleType, path: Path, folder: Path, images: Sequence[F
         other_models=tuple(model.num_reg_images() for model in models[1:]),
         plain=tuple(name for name in plain if name not in registered),
     )
+
+
+def _median_points(model: Any) -> float:
+    """Return how many points half of the images of a model see at least: without parallax, hardly any."""
+    return float(np.median([model.image(number).num_points3D for number in model.reg_image_ids()]))
 
 
 def _explain_no_model(colmap: ModuleType, database: Any) -> str:

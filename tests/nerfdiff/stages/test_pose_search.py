@@ -41,6 +41,16 @@ def test_ring_azimuths_with_times_follow_their_order():
     assert azimuths.tolist() == [180, 0, 270, 90]
 
 
+def test_order_of_names_without_leading_zeros_is_that_of_their_numbers():
+    """Folders list 10.png before 2.png."""
+    turn = open_scene(make_capture((), count=16, size=16), 16, CPU, False)
+    names = [f"{i}.png" for i in range(16)]
+    listed = torch.tensor(sorted(range(16), key=names.__getitem__))
+    scene = replace(turn, images=turn.images[listed], foreground=None, names=[names[i] for i in listed])
+    assert find_order(scene) == "names"
+    torch.testing.assert_close(ring_azimuths(scene.names), listed * 22.5)
+
+
 def test_ring_directions_go_both_ways():
     scene = open_scene(make_procedural_views(8, 4), 4, CPU, False)
     left, right = (ring_directions(scene, way, 25.0) for way in ("left", "right"))
@@ -53,7 +63,8 @@ def test_ring_directions_go_both_ways():
 def test_find_order_by_names_by_times_or_none():
     turn = open_scene(make_capture(("shift", "exposure"), count=16, size=16), 16, CPU, False)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    mixed = open_scene(make_capture(("shift", "exposure"), count=16, size=16).select(order), 16, CPU, False)
+    mixed = make_capture(("shift", "exposure"), count=16, size=16).select(order)
+    mixed = open_scene(replace(mixed, names=turn.names), 16, CPU, False)
     timed = replace(mixed, times=order.double())
     assert [find_order(scene) for scene in (turn, mixed, timed)] == ["names", None, "times"]
     back = ring_directions(timed, "left", 25.0)[order.argsort()]
@@ -62,6 +73,13 @@ def test_find_order_by_names_by_times_or_none():
     views = make_procedural_views(2, 4)
     notes = [list_notes(views, scene, replace(config, ordered="yes"))[-1] for scene in (turn, timed)]
     assert "order of their names" in notes[0] and "order of the times in their EXIF data" in notes[1]
+    unused = ({"poses": "known"}, {"poses": "learned"}, {"search": "sfm"}, {"search": "joint"})
+    for changes in unused:
+        assert not any(
+            "one turn" in note for note in list_notes(views, turn, replace(config, ordered="yes", **changes))
+        )
+    forward = replace(turn, layout="forward")
+    assert not any("one turn" in note for note in list_notes(views, forward, replace(config, ordered="yes")))
     assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed, timed)] == ["yes", "no", "yes"]
     assert choose_capture_settings(replace(config, poses="known"), turn).ordered == "no"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -19,17 +21,19 @@ from factorkit.metrics.pose import pose_errors
 from factorkit.nerfdiff.search import decide
 from factorkit.nerfdiff.stages import sfm
 from factorkit.nerfdiff.stages.feature_images import FeatureImage, read_feature_images
+from factorkit.nerfdiff.stages.matches import choose_pairs
 from factorkit.utils.errors import ConfigError, DataError
-from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
+from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo, render_turned
 
 SIZE = (240, 320)
+SMALL = (120, 160)
 POSES = orbit(np.arange(0, 88, 11.0))
 
 pytest.importorskip("pycolmap")
 
 
 def to_images(pixels, masks=None, focal="unknown"):
-    k = make_intrinsics_of(SIZE, 1.0 if focal == "unknown" else 1.1)
+    k = make_intrinsics_of(pixels[0].shape[:2], 1.0 if focal == "unknown" else 1.1)
     grey = [image.mean(-1).round().astype(np.uint8) for image in pixels]
     masks = masks or [None] * len(grey)
     return [FeatureImage(f"a {i}.png", g, m, k, focal) for i, (g, m) in enumerate(zip(grey, masks, strict=True))]
@@ -103,13 +107,80 @@ def test_find_cameras_still_background_uses_the_object_and_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_find_cameras_pure_rotation_has_no_model_and_says_why(tmp_path):
-    k, pixels = make_intrinsics_of(SIZE), []
-    for degrees in (-12.0, -6, 0, 6, 12):
-        turn, (c, s) = np.eye(4), (np.cos(np.radians(degrees)), np.sin(np.radians(degrees)))
-        turn[0, 0], turn[0, 2], turn[2, 0], turn[2, 2] = c, s, -s, c
-        pixels.append(render_photo(POSES[0] @ turn, k, SIZE)[0])
+    pixels = render_turned(POSES[0], (-12.0, -6, 0, 6, 12), SIZE)
     result = sfm.find_cameras(to_images(pixels, focal="exact"), tmp_path, False, False)
     assert result.model is None and "no parallax" in result.describe()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [7, 14])
+@pytest.mark.parametrize("focal", ["exact", "estimate", "unknown"])
+def test_find_cameras_pure_rotation_of_more_images_and_any_focal_length_has_no_model(tmp_path, count, focal):
+    pixels = render_turned(POSES[0], np.linspace(-12, 12, count), SMALL)
+    result = sfm.find_cameras(to_images(pixels, focal=focal), tmp_path, False, False)
+    assert result.model is None and not result.registered and "no parallax" in result.describe()[-1]
+
+
+@pytest.mark.slow
+def test_find_cameras_model_of_hardly_any_points_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(sfm, "MIN_PARALLAX", 0.0)
+    pixels = render_turned(POSES[0], np.linspace(-12, 12, 7), SMALL)
+    result = sfm.find_cameras(to_images(pixels, focal="exact"), tmp_path, False, False)
+    assert result.model is None and "registered none of 7 images" in result.describe()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("focal", ["exact", "estimate", "unknown"])
+def test_find_cameras_wall_from_different_places_is_registered(tmp_path, focal):
+    poses, far = orbit(np.arange(0, 77, 11.0), 50.0), np.array([0, 0, -100.0])
+    pixels = [render_photo(pose, make_intrinsics_of(SMALL), SMALL, block=far)[0] for pose in poses]
+    result = sfm.find_cameras(to_images(pixels, focal=focal), tmp_path, False, False)
+    assert len(result.registered) == len(poses)
+    model = read_model(tmp_path)
+    found = torch.from_numpy(np.stack([model.cameras[name].pose for name in result.registered]))
+    assert pose_errors(found, torch.from_numpy(poses)).rotation_degrees.max() <= 1
+
+
+def test_choose_pairs_few_unordered_are_all_and_ordered_are_neighbours_and_loops():
+    images = [FeatureImage(f"{i}.png", np.zeros((16, 16), np.uint8), None, np.eye(3), "unknown") for i in range(30)]
+    assert len(choose_pairs(images, ordered=False)) == 30 * 29 // 2
+    pairs = choose_pairs(images, ordered=True)
+    near = {(i, j) for j in range(30) for i in range(j) if j - i <= 10}
+    assert set(pairs) == near | {(0, 20)} and len(pairs) == len(set(pairs))
+    mixed = [images[i] for i in np.random.default_rng(0).permutation(30)]  # numbers of the names count, by value
+    named = {tuple(sorted(int(mixed[k].name[:-4]) for k in pair)) for pair in choose_pairs(mixed, ordered=True)}
+    assert named == set(pairs) and all(i < j for i, j in choose_pairs(mixed, ordered=True))
+
+
+def test_choose_pairs_many_unordered_have_similar_ones_too_and_ordered_close_loops():
+    pixels = [np.full((16, 16), i % 60, np.uint8) for i in range(120)]  # 0 and 60 are alike
+    images = [FeatureImage(f"{i}.png", p, None, np.eye(3), "unknown") for i, p in enumerate(pixels)]
+    ordered, unordered = set(choose_pairs(images, ordered=True)), set(choose_pairs(images, ordered=False))
+    assert ordered < unordered and {(i, i + 60) for i in range(60)} <= unordered
+    loops = {(i, j) for j in range(0, 120, 10) for i in range(0, j, 10)}
+    assert loops <= ordered and (0, 110) in ordered and (3, 63) not in ordered
+    assert len(ordered) == sum(min(j, 10) for j in range(120)) + len(loops) - 11
+
+
+STOPPED = """
+import os, signal, sys, numpy as np
+if sys.argv[2] == "own":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+from pathlib import Path
+from factorkit.nerfdiff.stages import sfm
+from factorkit.nerfdiff.stages.feature_images import FeatureImage
+sfm.match_images = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+image = FeatureImage("a", np.zeros((64, 64), np.uint8), None, np.diag([64.0, 64, 1]), "unknown")
+sfm.find_cameras([image, image], Path(sys.argv[1]), False, False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("handler", "code"), [("default", -signal.SIGTERM), ("own", 143)])
+def test_find_cameras_sigterm_ends_as_without_pycolmap(tmp_path, handler, code):
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "sfm"), handler]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_find_cameras_one_image_is_refused(tmp_path, photos):
@@ -118,11 +189,13 @@ def test_find_cameras_one_image_is_refused(tmp_path, photos):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_find_cameras_nothing_to_match_says_so(tmp_path, masked):
+def test_find_cameras_nothing_to_match_says_so_after_a_line_for_each_stage(tmp_path, masked, capsys):
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (64, 64, 3)) if masked else np.full((64, 64, 3), 90) for _ in range(3)]
     masks = [np.zeros((64, 64), bool)] * 3 if masked else None
-    result = sfm.find_cameras(to_images(pixels, masks), tmp_path, False, False)
+    result = sfm.find_cameras(to_images(pixels, masks), tmp_path, False, True)
+    text = capsys.readouterr().err
+    assert all(line in text for line in ("sfm: features", "sfm: matches", "sfm: cameras of 3 images, all at once"))
     assert result.model is None and result.share == 0 and len(result.unregistered) == 3
     assert "no two images show enough of the same texture" in result.describe()[0]
 
