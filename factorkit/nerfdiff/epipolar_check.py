@@ -161,9 +161,12 @@ def match_views(views: Sequence[ExportView], progress: bool = False) -> ViewMatc
         x, y = _match(features[i], features[j])
         if len(x) >= MIN_PAIR_MATCHES:
             matched.append((i, j, x, y, np.abs(x - y).max(1) >= STILL_DISTANCE * max(features[i].size)))
+    changing = [pair for pair in matched if pair[-1].mean() >= 1 - MAX_STILL]
     # A background that does not move has the geometry of cameras that do not move, as in structure from motion.
-    if is_still(sum(bool(moving.mean() < 1 - MAX_STILL) for *_, moving in matched), len(matched)):
+    if is_still(len(matched) - len(changing), len(matched)):
         matched = [(i, j, x[moving], y[moving], moving) for i, j, x, y, moving in matched]
+    else:
+        matched = changing  # two views that are equal have no epipolar lines
     agreeing = [(i, j, *_keep_one_geometry(x, y)) for i, j, x, y, _ in matched]
     pairs = _choose_partners([pair for pair in agreeing if len(pair[2]) >= MIN_PAIR_MATCHES])
     covered, needed = len({row for i, j, *_ in pairs for row in (i, j)}), MIN_VIEWS * len(rows)

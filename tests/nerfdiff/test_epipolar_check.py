@@ -169,6 +169,13 @@ def test_check_epipolar_repeated_or_still_background_right_cameras_pass(still):
     )
 
 
+@pytest.mark.slow
+def test_check_epipolar_equal_views_are_not_compared_with_each_other():
+    poses = make_poses().repeat_interleave(2, 0)
+    result = check_epipolar(make_views(poses), poses)
+    assert result.check.value > 0.95 and all(pair["share"] > 0.9 for pair in result.pairs)
+
+
 def make_stored_views(poses):
     pixels = torch.stack([torch.from_numpy(view.read_pixels()).permute(2, 0, 1) for view in make_views(poses)])
     intrinsics = torch.from_numpy(K).float().repeat(len(poses), 1, 1)
