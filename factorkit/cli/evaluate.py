@@ -29,8 +29,8 @@ class Evaluate(RunCommand):
     --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
     --generation, with --images: how near drawn images are to photos, and whether segmenting them gives the masks that
     they were drawn with. No masks needed.
-    --epipolar: the share of points matched between the training images that agree with a nerfdiff run's cameras. It
-    needs neither true poses nor masks.
+    --epipolar: whether points matched between the training images agree with a nerfdiff run's cameras. It needs
+    neither true poses nor masks; the result becomes part of the run's alarms and verdict.
 
     The mapping from regions to foreground is fitted on the first --num-fit-images labelled images and then fixed; the
     other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not
@@ -196,10 +196,21 @@ class Evaluate(RunCommand):
 
     def _check_epipolar(self) -> Result:
         from factorkit.nerfdiff.run import NerfdiffRun
+        from factorkit.nerfdiff.verdict import REPORT
+        from factorkit.report.content import describe_check
+        from factorkit.report.html import check_report
 
-        check = NerfdiffRun.load(self.run, device=self.device).check_epipolar(self.data, progress=not self.json)
-        worst = [f"  {p['views'][0]} and {p['views'][1]}: {p['share']:.0%} of {p['matches']}" for p in check.pairs[:3]]
-        return check._asdict(), "\n".join([check.message, *(["the worst pairs:", *worst] if worst else [])])
+        check_report(self.run)
+        run = NerfdiffRun.load(self.run, device=self.device)
+        result = run.check_epipolar(self.data, progress=not self.json)
+        lines = [f"{describe_check(result.check.to_dict())}."]
+        if result.median is not None:
+            lines.append(f"median distance to the epipolar lines: {result.median:.2f} px, of the pairs of views:")
+            for pair in result.pairs[:3]:
+                first, second = pair["views"]
+                lines.append(f"  {first} and {second}: {pair['share']:.0%} of {pair['matches']}")
+        scores = {"share": result.check.value, "median": result.median, "pairs": result.pairs}
+        return _add_verdict(run.folder, REPORT, scores, "\n".join(lines))
 
     def _score_classes(self, data: Path) -> Result:
         from factorkit.segdiff.run import SegdiffRun

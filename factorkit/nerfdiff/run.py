@@ -16,7 +16,7 @@ from factorkit.engine.config import resolve_device
 from factorkit.engine.run_folder import TrainedRun, check_plausible, identify_run, read_weights
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.epipolar_check import EpipolarCheck, check_epipolar
+from factorkit.nerfdiff.epipolar_check import EpipolarCheck, check_epipolar, record_check
 from factorkit.nerfdiff.evaluate import evaluate
 from factorkit.nerfdiff.export import CAMERA_KINDS, export, kind_of
 from factorkit.nerfdiff.export.originals import find_originals
@@ -197,20 +197,23 @@ class NerfdiffRun(LoadedScene, TrainedRun):
     def check_epipolar(self, data: Any = None, progress: bool = False) -> EpipolarCheck:
         """Check the cameras by points matched between the training images, without labels and without the scene.
 
-        The images are read at their full size. Needs OpenCV (``factorkit[baselines]``).
+        The images are read at their full size. Needs OpenCV (``factorkit[baselines]``); without it the check is "not
+        run". The result becomes part of the run's alarms, and so of its verdict.
 
         Args:
             data: the training data, if they were moved or given as objects.
             progress: show a progress bar.
 
         Raises:
-            ConfigError: no run folder, or no OpenCV.
-            DataError: fewer than two views, or ``data`` are not the training data.
+            ConfigError: no run folder.
+            DataError: ``data`` are not the training data.
         """
-        originals = find_originals(self.folder, data)
-        if originals is None:
+        originals, folder = find_originals(self.folder, data), self.folder
+        if originals is None or folder is None:
             raise ConfigError("the epipolar check needs a run folder: a single file does not name its training views")
-        return check_epipolar(originals.list_images(self.model.camera.intrinsics.cpu()), self.poses, progress)
+        result = check_epipolar(originals.list_images(self.model.camera.intrinsics.cpu()), self.poses, progress)
+        distributed.run_on_first(lambda: record_check(folder, self.step, result.check))
+        return result
 
     def sample(
         self, n: int = 4, *, seed: int = 0, steps: int | None = None, sampler: str = "ddpm", trajectory: bool = False

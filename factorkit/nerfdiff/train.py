@@ -20,6 +20,7 @@ from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import MIN_GAUSSIAN_VIEWS, NerfdiffConfig, preset_config
+from factorkit.nerfdiff.epipolar_check import add_epipolar_check
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
@@ -109,6 +110,8 @@ def train_nerfdiff(
             distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
             Training(config, scene, folder, settings, progress).run()
             run = NerfdiffRun.load(folder, device=device)
+            intrinsics = run.model.camera.intrinsics.cpu()
+            distributed.run_on_first(lambda: add_epipolar_check(folder, run.step, views, intrinsics, run.poses))
             if search.model is not None:
                 localised = localise_unregistered(run, run.step, run.views, folder, source, reading)
                 distributed.run_on_first(lambda: report_registration(folder, localised))

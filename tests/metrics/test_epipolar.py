@@ -54,6 +54,16 @@ def test_fundamental_matrix_of_projected_points_is_zero_on_matches():
     torch.testing.assert_close(scales, scales[0] * torch.tensor([1.0, 1, 0]).double())
 
 
+def test_fundamental_matrix_exact_matches_agrees_with_opencv():
+    cv2 = pytest.importorskip("cv2", reason="the extra `baselines`")
+    poses, _, pixels = random_views(seed=5)
+    other = torch.from_numpy(cv2.findFundamentalMat(pixels[0].numpy(), pixels[1].numpy(), cv2.FM_8POINT)[0])
+    # In units of the focal length, since the entries for pixels differ by orders of magnitude.
+    ours, other = (K.T @ f @ K for f in (fundamental_matrix(poses[0], K, poses[1], K), other))
+    ours, other = ours / ours.norm(), other / other.norm()
+    torch.testing.assert_close(other * (other * ours).sum().sign(), ours, atol=1e-4, rtol=0)
+
+
 def test_essential_matrix_noisy_points_agrees_with_opencv_recover_pose():
     cv2 = pytest.importorskip("cv2", reason="the extra `baselines`")
     poses, _, pixels = random_views(seed=3)
@@ -119,6 +129,22 @@ def test_fit_fundamental_wrong_points_are_refused(shapes):
 def test_triangulate_projected_points_recovers_them():
     poses, points, pixels = random_views(count=3)
     torch.testing.assert_close(triangulate(projection_matrix(poses, K), pixels.transpose(0, 1)), points)
+
+
+def test_triangulate_noisy_points_agrees_with_opencv():
+    cv2 = pytest.importorskip("cv2", reason="the extra `baselines`")
+    poses, points, pixels = random_views(seed=4)
+    noisy = pixels + 0.5 * torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    projections = projection_matrix(poses, K)
+
+    def triangulate_with_opencv(first, second):
+        homogeneous = torch.from_numpy(cv2.triangulatePoints(*projections.numpy(), first.T.numpy(), second.T.numpy()))
+        return (homogeneous[:3] / homogeneous[3]).T
+
+    torch.testing.assert_close(triangulate(projections, pixels.transpose(0, 1)), triangulate_with_opencv(*pixels))
+    ours, expected = triangulate(projections, noisy.transpose(0, 1)), triangulate_with_opencv(*noisy)
+    # Ours weights both views alike, so that noise moves the points a little differently.
+    assert (ours - expected).norm(dim=1).median() < 0.1 * (expected - points).norm(dim=1).median()
 
 
 def test_essential_matrix_cameras_in_one_place_has_no_lines():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from factorkit.cli.main import main
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.metrics.pose import rotation_errors_degrees
 from factorkit.nerfdiff.cameras.poses import direction_vectors, orbit_poses
+from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK, EpipolarCheck
 from factorkit.nerfdiff.export.frames import write_frames
 from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.network import NerfdiffModel
@@ -20,7 +22,9 @@ from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
 from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.report.content import Check, read_checks
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.files import read_log
 from tests.engine.trained import assert_identical
 
 
@@ -296,13 +300,40 @@ def test_predict_pose_and_evaluate_use_the_views_own_intrinsics(finished, scene_
     assert own["psnr_encoder"] == pytest.approx(expected.mean().item(), abs=1e-3)
 
 
-def test_check_epipolar_small_images_are_not_checked(finished, tmp_path):
-    check = finished.check_epipolar()
-    assert check.share is None and "not possible: only 0 of 45 pairs" in check.message
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run's folder, whose log may be changed."""
+    return shutil.copytree(finished.folder, tmp_path / "copy")
+
+
+def test_check_epipolar_small_images_are_not_checked(finished, copied, tmp_path):
+    assert "the images have 8 pixels" in NerfdiffRun.load(copied).check_epipolar().check.not_run
+    assert "the images have 8 pixels" in read_checks(read_log(copied))[-1]["reason"]
     with pytest.raises(ConfigError, match="needs a run folder"):
         NerfdiffRun.load(finished.save(tmp_path / "run.safetensors")).check_epipolar()
 
 
-def test_evaluate_epipolar_prints_whether_it_was_possible(finished, capsys):
-    assert main(["evaluate", str(finished.folder), "--epipolar"]) == 0
-    assert "epipolar check not possible" in capsys.readouterr().out
+def test_train_nerfdiff_lists_the_epipolar_check_among_its_alarms(finished):
+    (check,) = [check for check in read_checks(read_log(finished.folder)) if check["name"] == EPIPOLAR_CHECK]
+    assert check["status"] == "not run" and "fewer than 128 pixels" in check["reason"]
+
+
+@pytest.mark.parametrize("share", [None, 0.3, 0.99])
+def test_evaluate_epipolar_is_shown_like_other_alarms(copied, monkeypatch, capsys, share):
+    failures = ("cameras do not fit matched points: only 0.30",) if share == 0.3 else ()
+    check = Check(EPIPOLAR_CHECK, share, low=0.85, failures=failures, not_run="since there are no points")
+    pairs = [{"views": ("a.png", "b.png"), "matches": 20, "share": share}]
+    result = EpipolarCheck(check, None if share is None else 1.5, pairs)
+    monkeypatch.setattr("factorkit.nerfdiff.run.check_epipolar", lambda *args: result)
+    assert main(["evaluate", str(copied), "--epipolar"]) == 0
+    text = capsys.readouterr().out
+    line = f"{EPIPOLAR_CHECK}: " + (
+        "not run, since there are no points" if share is None else f"{check.status}, {share:.3f} (at least 0.85)"
+    )
+    assert text.count(f"{line}.") == 2, "on its own, and among the checks of the verdict"
+    assert ("a.png and b.png" in text) == (share is not None)
+    assert main(["evaluate", str(copied), "--epipolar", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["share"] == share and [f for f in data["failures"] if f in failures] == list(failures)
+    assert [other["status"] for other in data["checks"] if other["name"] == EPIPOLAR_CHECK] == [check.status]
+    assert "cameras do not fit" in (copied / "report.html").read_text() or not failures
