@@ -205,11 +205,12 @@ class Evaluate(RunCommand):
         result = run.check_epipolar(self.data, progress=not self.json)
         lines = [f"{describe_check(result.check.to_dict())}."]
         if result.median is not None:
-            lines.append(f"median distance to the epipolar lines: {result.median:.2f} px, of the pairs of views:")
+            within = f"median distance to the epipolar lines: {result.median:.2f} px, {result.near:.0%} within 2 px"
+            lines.append(f"{within}; worst pairs of views:")
             for pair in result.pairs[:3]:
                 first, second = pair["views"]
                 lines.append(f"  {first} and {second}: {pair['share']:.0%} of {pair['matches']}")
-        scores = {"share": result.check.value, "median": result.median, "pairs": result.pairs}
+        scores = {"share": result.check.value, "within_2_px": result.near, "median": result.median, "pairs": result.pairs}
         return _add_verdict(run.folder, REPORT, scores, "\n".join(lines))
 
     def _score_classes(self, data: Path) -> Result:

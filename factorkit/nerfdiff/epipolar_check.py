@@ -35,6 +35,7 @@ EPIPOLAR_CHECK = "matched points near epipolar lines"
 EPIPOLAR_FAILURE = "cameras do not fit matched points"  # how its failure begins
 MIN_EPIPOLAR_SHARE = 0.85  # of the matches; figures of right and wrong cameras: docs/nerfdiff.md
 MAX_DEGREES = 2.0  # from the epipolar line, as cameras that are 2 degrees off are right elsewhere
+NEAR_PIXELS = 2.0
 MAX_SIDE = 640  # pixels of the images that are matched; the median is in these pixels
 MIN_SIDE = 128  # pixels; smaller images have hardly any points
 MAX_POINTS = 1000  # of a view, those with the highest contrast
@@ -53,11 +54,14 @@ class EpipolarCheck(NamedTuple):
 
     Attributes:
         check: its value is the share of the matches within 2 degrees of the epipolar lines, the mean of all pairs.
+        near: share of the matches within 2 pixels, the mean of all pairs; None: the check did not run. Unlike the value of
+            the check it depends on the size of the images, so no limit suits it.
         median: distance in pixels, the median of all pairs' medians; None: the check did not run.
         pairs: the pairs of views by name, each with its matches and its share, the worst first.
     """
 
     check: Check
+    near: float | None
     median: float | None
     pairs: list[dict[str, Any]]
 
@@ -122,7 +126,7 @@ def record_check(folder: Path, step: int, check: Check) -> None:
 def judge_matches(matches: ViewMatches, poses: Tensor, names: Sequence[str]) -> EpipolarCheck:
     """Return the check of cameras, camera-to-world [V, 4, 4], by the matches of their views of these names."""
     pairs: list[dict[str, Any]] = []
-    medians = []
+    medians, near = [], []
     for i, j, first, second in matches.pairs:
         (p, k), (q, other_k) = ((poses[row].double().cpu(), matches.intrinsics[row]) for row in (i, j))
         distance = epipolar_distance(fundamental_matrix(p, k, q, other_k), first, second)
@@ -130,9 +134,10 @@ def judge_matches(matches: ViewMatches, poses: Tensor, names: Sequence[str]) -> 
         share = float((degrees <= MAX_DEGREES).double().mean())
         pairs.append({"views": (names[i], names[j]), "matches": len(distance), "share": share})
         medians.append(float(distance.median()))
+        near.append(float((distance <= NEAR_PIXELS).double().mean()))
     pairs.sort(key=lambda pair: pair["share"])
     if matches.not_run:
-        return EpipolarCheck(Check(EPIPOLAR_CHECK, not_run=matches.not_run), None, pairs)
+        return EpipolarCheck(Check(EPIPOLAR_CHECK, not_run=matches.not_run), None, None, pairs)
     share = float(np.mean([pair["share"] for pair in pairs]))
     worst = pairs[0]
     text = (
@@ -143,7 +148,7 @@ def judge_matches(matches: ViewMatches, poses: Tensor, names: Sequence[str]) -> 
     )
     failures = () if share >= MIN_EPIPOLAR_SHARE else (text,)
     check = Check(EPIPOLAR_CHECK, share, low=MIN_EPIPOLAR_SHARE, failures=failures)
-    return EpipolarCheck(check, float(np.median(medians)), pairs)
+    return EpipolarCheck(check, float(np.mean(near)), float(np.median(medians)), pairs)
 
 
 def match_views(views: Sequence[ExportView], progress: bool = False) -> ViewMatches:

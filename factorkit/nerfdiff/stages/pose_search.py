@@ -204,7 +204,7 @@ def find_order(scene: Scene) -> Order | None:
     images = scene.images
     if scene.foreground is not None:
         images = recentre_scene(scene, foreground_offsets(scene.foreground)).images
-    if likeness_ratio(images[natural_order(scene.names)]) < MAX_LIKENESS_RATIO:
+    if likeness_ratio(images[order_of_names(scene.names)]) < MAX_LIKENESS_RATIO:
         return "names"
     by_time = scene.times is not None and likeness_ratio(images[scene.times.argsort(stable=True)]) < MAX_LIKENESS_RATIO
     return "times" if by_time else None
@@ -218,7 +218,7 @@ def ring_azimuths(names: list[str], times: Tensor | None = None) -> Tensor:
     """
     if times is not None:
         return (360 * times.argsort(stable=True).argsort() / len(names)).float()
-    order = natural_order(names)
+    order = order_of_names(names)
     numbers = [re.findall(r"[0-9]+", names[i]) for i in order]
     positions = torch.arange(len(names), dtype=torch.float64)
     if all(numbers):
@@ -228,6 +228,11 @@ def ring_azimuths(names: list[str], times: Tensor | None = None) -> Tensor:
             positions = (last - last[0]) / steps.median()
     azimuths = (360 * positions / (positions[-1] + 1)).float()
     return azimuths[torch.tensor(order).argsort()]
+
+
+def order_of_names(names: list[str]) -> list[int]:
+    """Return the rows of views in their order: as given, or of a listing, where 10 is before 2, in natural order."""
+    return natural_order(names) if names == sorted(names) else list(range(len(names)))
 
 
 def ring_directions(scene: Scene, way: Way, elevation: float) -> Tensor:

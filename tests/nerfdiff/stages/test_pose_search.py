@@ -63,8 +63,7 @@ def test_ring_directions_go_both_ways():
 def test_find_order_by_names_by_times_or_none():
     turn = open_scene(make_capture(("shift", "exposure"), count=16, size=16), 16, CPU, False)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    mixed = make_capture(("shift", "exposure"), count=16, size=16).select(order)
-    mixed = open_scene(replace(mixed, names=turn.names), 16, CPU, False)
+    mixed = open_scene(make_capture(("shift", "exposure"), count=16, size=16).select(order), 16, CPU, False)
     timed = replace(mixed, times=order.double())
     assert [find_order(scene) for scene in (turn, mixed, timed)] == ["names", None, "times"]
     back = ring_directions(timed, "left", 25.0)[order.argsort()]
