@@ -210,7 +210,12 @@ class Evaluate(RunCommand):
             for pair in result.pairs[:3]:
                 first, second = pair["views"]
                 lines.append(f"  {first} and {second}: {pair['share']:.0%} of {pair['matches']}")
-        scores = {"share": result.check.value, "within_2_px": result.near, "median": result.median, "pairs": result.pairs}
+        scores = {
+            "share": result.check.value,
+            "within_2_px": result.near,
+            "median": result.median,
+            "pairs": result.pairs,
+        }
         return _add_verdict(run.folder, REPORT, scores, "\n".join(lines))
 
     def _score_classes(self, data: Path) -> Result:
