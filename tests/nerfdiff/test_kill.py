@@ -39,4 +39,5 @@ def test_train_killed_in_every_stage_resumes_bit_identically(tmp_path):
     runs = [tmp_path / "registered" / kind for kind in ("whole", "killed")]
     for file in (LOCALISED, "search.json", "config.json", "rejected/dictionary/config.json"):
         assert len({(run / file).read_text() for run in runs}) == 1
+    assert all([path.name for path in (run / "rejected").iterdir()] == ["dictionary"] for run in runs)
     assert json.loads((runs[1] / LOCALISED).read_text())["names"] == ["8", "9"]
