@@ -54,8 +54,8 @@ class EpipolarCheck(NamedTuple):
 
     Attributes:
         check: its value is the share of the matches within 2 degrees of the epipolar lines, the mean of all pairs.
-        near: share of the matches within 2 pixels, the mean of all pairs; None: the check did not run. It depends on the
-            size of the images, so no limit suits it.
+        near: share of the matches within 2 pixels, the mean of all pairs; None: the check did not run. It depends on
+            the size of the images, so no limit suits it.
         median: distance in pixels, the median of all pairs' medians; None: the check did not run.
         pairs: the pairs of views by name, each with its matches and its share, the worst first.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from factorkit.engine.run_folder import CONFIG, read_object, read_settings, write_json
+from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK
 from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER
 from factorkit.nerfdiff.verdict import log_lines
 from factorkit.report.content import describe_check, judged_alarms, read_checks
@@ -30,6 +31,7 @@ CAMERA_CHECKS = frozenset(
         "held-out error over nearest view",
         "held-out error of freed cameras",
         "silhouette offset",
+        EPIPOLAR_CHECK,
     }
 )
 

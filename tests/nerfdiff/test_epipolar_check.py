@@ -217,7 +217,7 @@ def test_record_check_replaces_an_earlier_result_in_alarms_and_verdict(logged):
         alarms = read_log(logged)[-1]
         assert [other["status"] for other in alarms["checks"]] == ["failed", check.status]
         assert alarms["failures"] == ["collapse: all on one side", *check.failures]
-    assert judge_run(logged, "dictionary").problem.count("cameras do not fit matched points") == 1
+    assert judge_run(logged, "dictionary").problem.count(EPIPOLAR_CHECK) == 1
 
 
 def test_record_check_of_a_run_without_alarms_makes_its_verdict(tmp_path):
