@@ -49,8 +49,9 @@ class Demo(Command):
         return 0 if data["status"] in ("good", "mixed") else 1
 
     def _show_segdiff(self, out: Path) -> Result:
-        from factorkit.cli.evaluate import format_scores, judge_run
+        from factorkit.cli.evaluate import judge_run
         from factorkit.cli.generate import write_generated
+        from factorkit.cli.score_tables import format_scores
         from factorkit.data.datasets import make_procedural_dataset
         from factorkit.engine.config import cpu_threads
         from factorkit.segdiff.train import train_segdiff
@@ -87,7 +88,8 @@ class Demo(Command):
         return data, "\n".join(lines)
 
     def _show_nerfdiff(self, out: Path) -> Result:
-        from factorkit.cli.evaluate import format_pose_scores, judge_run
+        from factorkit.cli.evaluate import judge_run
+        from factorkit.cli.score_tables import format_pose_scores
         from factorkit.data.procedural.scene import make_procedural_views
         from factorkit.nerfdiff.export.frames import write_frames
         from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff

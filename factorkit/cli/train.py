@@ -89,7 +89,8 @@ class TrainSegdiff(Command):
 
     def execute(self) -> Result:
         """Train, and return the verdict of the run."""
-        from factorkit.cli.evaluate import format_scores, judge_run
+        from factorkit.cli.evaluate import judge_run
+        from factorkit.cli.score_tables import format_scores
         from factorkit.segdiff.config import SegdiffConfig
         from factorkit.segdiff.settle import OWN_SUFFIX
         from factorkit.segdiff.train import train_segdiff

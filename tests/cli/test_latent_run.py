@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import factorkit
-from factorkit.cli import app, evaluate
+from factorkit.cli import app, evaluate, score_tables
 from factorkit.cli.main import main, parse
 from factorkit.data import draw_flowers
 from factorkit.segdiff import equal_compute, settle
@@ -97,18 +97,18 @@ def test_compute_of_latents_counts_every_autoencoder_and_names_what_is_unknown()
     own = {"encoding_seconds": 10.0, "autoencoder_seconds": 50.0, "autoencoder_given": False}
     given = {**own, "autoencoder_given": True, "training_seconds": 50.0}
     unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "autoencoder_given": True}
-    text = evaluate.format_generation(describe(**own, ddpm=describe(**given)))
+    text = score_tables.format_generation(describe(**own, ddpm=describe(**given)))
     assert "drawn images: training s with 10 s for encoding the photos and with 50 s for its autoencoder\n" in text
     assert (
         "plain DDPM: training s with 10 s for encoding the photos and without 50 s for its autoencoder, which" in text
     )
     assert "not of equal compute" not in text
-    text = evaluate.format_generation(describe(**own, ddpm=describe(**given | {"training_seconds": 150.0})))
+    text = score_tables.format_generation(describe(**own, ddpm=describe(**given | {"training_seconds": 150.0})))
     assert text.endswith("not of equal compute: the plain DDPM was trained 2 times as long, with the autoencoder")
-    text = evaluate.format_generation(describe(**unknown, ddpm=describe(training_seconds=50.0)))
+    text = score_tables.format_generation(describe(**unknown, ddpm=describe(training_seconds=50.0)))
     assert "without an unknown time for encoding the photos and without an unknown time for its autoencoder" in text
     assert text.endswith("the plain DDPM was trained 0.5 times as long")
-    assert "compared at 48 px; Fr" in evaluate.format_generation(describe(side=48))
+    assert "compared at 48 px; Fr" in score_tables.format_generation(describe(side=48))
 
 
 @pytest.mark.parametrize(

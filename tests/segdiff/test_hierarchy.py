@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import factorkit
-from factorkit.cli.evaluate import format_scores
+from factorkit.cli.score_tables import format_scores
 from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.segdiff.backbones import make_backbone
