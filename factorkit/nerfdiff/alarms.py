@@ -35,6 +35,8 @@ MAX_DUPLICATION = 0.05  # share of views that agree better with a held-out field
 MAX_INVERTED = 0.5  # share of cameras that are upside down or too low
 MAX_SILHOUETTE_OFFSET = 0.04  # median distance of centroids in units of the image's side
 ELEVATION_TOLERANCE = 10.0  # degrees below the lowest elevation of the settings
+#: Share of cameras that moved far below all that was searched, or are upside down. Photos may be from a little below.
+MAX_STRAY, STRAY_TOLERANCE = 0.05, 20.0
 COMPARISON_SIDE, COMPARISON_VIEWS = 32, 32  # longer side of the compared images in pixels, and their number
 SIMILARITY_SIDE = 16  # longer side in pixels of the images among which similar views are searched
 
@@ -107,10 +109,10 @@ def silhouette_offset(field: Field, scene: Scene, poses: Tensor, samples: int) -
     return float(distance.median() / max(size))
 
 
-def inverted_share(poses: Tensor, min_elevation: float) -> float:
-    """Return the share of cameras [V, 4, 4] that are upside down or well below an elevation in degrees."""
+def inverted_share(poses: Tensor, min_elevation: float, tolerance: float = ELEVATION_TOLERANCE) -> float:
+    """Return the share of cameras [V, 4, 4] that are upside down or well below an elevation; both in degrees."""
     elevation = camera_directions(poses)[:, 2].clamp(-1, 1).asin().rad2deg()
-    return float(((elevation < min_elevation - ELEVATION_TOLERANCE) | (poses[:, 2, 1] < 0)).float().mean())
+    return float(((elevation < min_elevation - tolerance) | (poses[:, 2, 1] < 0)).double().mean())
 
 
 def scene_alarms(
@@ -217,15 +219,23 @@ def pose_alarms(
     if duplication is not None:
         alarms["doubled"] = duplication
     checks.append(duplication_check(duplication))
-    inverted = None
+    inverted = stray = None
     if min_elevation is not None:
         inverted = alarms["inverted"] = inverted_share(poses, min_elevation)
+        stray = inverted_share(poses, min_elevation, STRAY_TOLERANCE)
     text = (
         f"mirror: {inverted or 0:.0%} of the cameras are upside down or below the given elevations, as in "
         "a scene turned inside out; narrow elevation_range=, or train with another seed="
     )
     reason = "since the poses are known"
-    check("inverted cameras", inverted, (inverted or 0) > MAX_INVERTED, text, reason, high=MAX_INVERTED)
+    mirrored = (inverted or 0) > MAX_INVERTED
+    check("inverted cameras", inverted, mirrored, text, reason, high=MAX_INVERTED)
+    text = (
+        f"stray cameras: {stray or 0:.0%} are upside down or {STRAY_TOLERANCE:g} degrees below elevation_range=, where "
+        "none was searched: these are wrong, unless photos were taken from there; then widen it"
+    )
+    if not mirrored:
+        check("stray cameras", stray, (stray or 0) > MAX_STRAY, text, reason, high=MAX_STRAY)
     if true is not None:
         alarms["mirrored"] = is_mirrored(poses, true)
     return {**alarms, **log_checks(checks)}

@@ -27,6 +27,7 @@ CAMERA_CHECKS = frozenset(
         "unexplained variance",
         "duplication",
         "inverted cameras",
+        "stray cameras",
         "held-out error",
         "held-out error over nearest view",
         "held-out error of freed cameras",

@@ -104,6 +104,16 @@ def test_neighbour_degrees_between_similar_views():
     assert torch.allclose(difference, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
 
 
+def test_pose_alarms_few_cameras_far_below_the_search_are_strays():
+    poses = evenly(20, 360)
+    down = torch.nn.functional.normalize(torch.tensor([1.0, 0.0, -0.4]), dim=0)  # 22 degrees below
+    for strays, failures in ((1, []), (2, ["stray cameras"])):
+        moved = poses.clone()
+        moved[:strays] = orbit_poses(down.expand(strays, 3), poses[0, :3, 3].norm())
+        assert names(pose_alarms(moved, min_elevation=5.0)) == failures
+        assert names(pose_alarms(moved, min_elevation=-10.0)) == []
+
+
 def test_scene_alarms_true_cameras_raise_none(scene, field):
     result = scene_alarms(CONFIG, scene, field, scene.poses)
     assert result["failures"] == [] and not result["mirrored"] and result["inverted"] == 0
