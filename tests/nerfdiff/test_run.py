@@ -323,7 +323,7 @@ def test_evaluate_epipolar_is_shown_like_other_alarms(copied, monkeypatch, capsy
     failures = ("cameras do not fit matched points: only 0.30",) if share == 0.3 else ()
     check = Check(EPIPOLAR_CHECK, share, low=0.85, failures=failures, not_run="since there are no points")
     pairs = [{"views": ("a.png", "b.png"), "matches": 20, "share": share}]
-    result = EpipolarCheck(check, None if share is None else 1.5, pairs)
+    result = EpipolarCheck(check, *((None, None) if share is None else (0.7, 1.5)), pairs)
     monkeypatch.setattr("factorkit.nerfdiff.run.check_epipolar", lambda *args: result)
     assert main(["evaluate", str(copied), "--epipolar"]) == 0
     text = capsys.readouterr().out

@@ -20,7 +20,7 @@ from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.presets import PRESETS
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.settle import choose_autoencoder, set_sizes
+from factorkit.segdiff.settle import add_autoencoder
 from factorkit.utils.errors import ConfigError
 from tests.segdiff.conftest import randomize_weights
 
@@ -154,15 +154,13 @@ def test_parameters_and_multiply_adds_of_presets_are_those_of_the_docs(preset, c
 def test_parameters_and_multiply_adds_of_networks_in_latents_are_those_of_the_docs(preset, counts):
     for regions, expected in ((2, counts[:2]), (1, counts[2:])):
         config = preset_config(preset, masks="network", resolution=128, regions=regions)
-        sizes = choose_autoencoder(preset, config)[0]
-        config = set_sizes(config, sizes["latent_channels"], sizes["downsample"]).resolved()
-        assert count(config)[-len(expected) :] == pytest.approx(expected, rel=1e-2)
+        assert count(add_autoencoder(config)[1].resolved())[-len(expected) :] == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("side", "counts"), AUTOENCODER_COUNTS.items())
 def test_parameters_and_multiply_adds_of_autoencoders_are_those_of_the_docs(side, counts):
-    config = AutoencoderConfig.from_dict(choose_autoencoder("fast32", preset_config("fast32", resolution=side))[0])
+    config = AutoencoderConfig.from_dict(add_autoencoder(preset_config("fast32", resolution=side))[0])
     found, small = [], side // config.downsample
     with torch.device("meta"), torch.no_grad():
         model = config.build()
