@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import factorkit
 from benchmarks import samplers
-from factorkit.data import draw_flowers
+from tests.data.flower_folder import write_flowers
 
 TINY = {
     "masks": "network",
@@ -33,11 +31,7 @@ TINY = {
 def test_samplers_cells_run_once_and_appear_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
-    photos = tmp_path / "photos"
-    for name, stack, factor in zip(("images", "masks"), draw_flowers(12, 16), (1, 255), strict=True):
-        (photos / name).mkdir(parents=True)
-        for i, pixels in enumerate(stack):
-            Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(photos / name / f"{i}.png")
+    photos = write_flowers(tmp_path / "photos", 12, 16)
     factorkit.train_segdiff(photos, out=tmp_path / "run", preset="demo", progress=False, holdout=4, **TINY)
 
     def run_samplers(*words) -> str:

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from factorkit.cli.main import main
-from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
+from tests.data.flower_folder import write_flowers
 
 SMALL = {
     "resolution": 16,
@@ -110,12 +109,7 @@ def run_refused(run_cli):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A data set of 24 drawn flowers with masks."""
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    for kind, images in zip(("images", "masks"), draw_flowers(24, 20, seed=1), strict=True):
-        (folder / kind).mkdir(parents=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(folder / kind / f"{i:02d}.png")
-    return folder
+    return write_flowers(tmp_path_factory.mktemp("data") / "photos", 24, 20, seed=1)
 
 
 @pytest.fixture(scope="session")

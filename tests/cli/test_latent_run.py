@@ -15,11 +15,11 @@ from PIL import Image
 import factorkit
 from factorkit.cli import app, evaluate, score_tables
 from factorkit.cli.main import main, parse
-from factorkit.data import draw_flowers
 from factorkit.segdiff import equal_compute, settle
 from factorkit.segdiff.app import segment_photos
 from factorkit.segdiff.autoencoder import SETTINGS
 from factorkit.segdiff.config import SegdiffConfig
+from tests.data.flower_folder import write_flowers
 
 SIZES = {"resolution": 48, "masks": "network", "steps": 2, "device": "cpu"}
 
@@ -27,12 +27,7 @@ SIZES = {"resolution": 48, "masks": "network", "steps": 2, "device": "cpu"}
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
     """A data set of 40 drawn flowers of 48 pixels with masks."""
-    folder = tmp_path_factory.mktemp("data") / "my flowers"
-    for kind, images in zip(("images", "masks"), draw_flowers(40, 48, seed=1), strict=True):
-        (folder / kind).mkdir(parents=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(folder / kind / f"{i:02d}.png")
-    return folder
+    return write_flowers(tmp_path_factory.mktemp("data") / "my flowers", 40, 48, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import factorkit
@@ -20,6 +19,7 @@ from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log
+from tests.data.flower_folder import write_flowers
 
 TINY = {
     "masks": "network",
@@ -77,11 +77,7 @@ def read_event_names(folder) -> list[str]:
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """images/ and masks/: 12 flowers, every one with a mask."""
-    for name, stack, factor in zip(("images", "masks"), draw_flowers(12, 12), (1, 255), strict=True):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i, pixels in enumerate(stack):
-            Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(tmp_path / "photos" / name / f"{i}.png")
-    return tmp_path / "photos"
+    return write_flowers(tmp_path / "photos", 12, 12)
 
 
 @pytest.mark.slow
