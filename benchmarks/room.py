@@ -4,8 +4,8 @@
     python -m benchmarks.room --seeds 0 --size 64 --exposure 0.08 --noise 0.01 --set appearance_dim=4
 
 Each run is a training without the encoder on 49 photos of benchmarks/room_photos.py; 7 others are held out, with true
-poses and unchanged exposure. Results are stored in benchmarks/results/room.json, and not made again; without --seeds the
-table of all is printed.
+poses and unchanged exposure. Results are stored in benchmarks/results/room.json, and not made again; without --seeds
+the table of all is printed.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def train_and_score(training: Views, held_out: Views, **settings: Any) -> dict[s
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a line for each run."""
     lines = [
-        "| run | field | held out, dB | training, dB | degrees, median (largest) | registered | held-out error | alarms "
-        "| s of CPU |",
+        "| run | field | held out, dB | training, dB | degrees, median (largest) | registered | held-out error "
+        "| alarms | s of CPU |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for key, r in sorted(results.items()):

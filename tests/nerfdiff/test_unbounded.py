@@ -42,7 +42,7 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
     assert config.unbounded == "yes" and any("all of space" in note for note in list_notes(views, scene, config))
     outwards = scene.poses @ torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0]))
     assert choose_unbounded(replace(config, unbounded="auto"), replace(scene, poses=outwards)) == "no"
-    for settings in ({"poses": "predicted", "search": "dictionary"}, {"poses": "learned"}, {"field": "gaussians"}):
+    for settings in ({"poses": "predicted", "search": "dictionary"}, {"poses": "learned"}):
         assert choose(views, **settings)[0].unbounded == "no"
     assert choose(replace(views, background=torch.ones(3)))[0].unbounded == "no"
     assert choose(replace(views, masks=torch.ones(10, 1, 16, 16)))[0].unbounded == "no"
@@ -88,7 +88,6 @@ def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others(
     [
         ({}, "forward", "forward-facing"),
         ({"poses": "predicted", "search": "dictionary"}, "object", "needs known poses"),
-        ({"field": "gaussians"}, "object", "Gaussians"),
     ],
 )
 def test_unbounded_yes_for_another_scene_is_refused(settings, layout, message):
@@ -124,9 +123,11 @@ def test_field_unbounded_is_the_box_field_of_contracted_positions(kind):
 
 
 @pytest.mark.slow
-def test_train_room_renders_exports_and_resumes_as_unbounded(tmp_path, tiny):
+@pytest.mark.parametrize("field", ["hashgrid", "gaussians"])
+def test_train_room_renders_exports_and_resumes_as_unbounded(tmp_path, tiny, field):
     views, out = room(), tmp_path / "room"
-    settings = tiny | {"resolution": 16, "poses": "known", "field": "hashgrid", "field_steps": 12}
+    settings = tiny | {"resolution": 16, "poses": "known", "field": field, "field_steps": 12}
+    settings |= {"num_gaussians": 200, "gaussian_steps": 12}
     run = train_nerfdiff(views, out=out, **settings)
     assert run.config.unbounded == "yes" and run.model.field.unbounded and run.model.field.occupancy is None
     again = NerfdiffRun.load(out)

@@ -68,9 +68,7 @@ class GaussianField(ImageField):
         self._density: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
-    def start_from(
-        self, field: Field, seed: int, points: Tensor | None = None, surface: Tensor | None = None
-    ) -> None:
+    def start_from(self, field: Field, seed: int, points: Tensor | None = None, surface: Tensor | None = None) -> None:
         """Move the Gaussians to where another field is dense, with its colours, background and appearance.
 
         Args:
