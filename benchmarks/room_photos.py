@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ NUM_TEXTURES = 12
 TEXELS = (35.0, 90.0)  # of a texture, per unit of length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solid:
     """A box or an ellipsoid, turned about the vertical axis.
 
@@ -140,6 +141,7 @@ def walk_around(count: int, seed: int) -> np.ndarray:
     return poses @ turns
 
 
+@lru_cache(maxsize=1)
 def make_photos(
     seed: int, *, count: int = NUM_VIEWS, size: tuple[int, int] = SIZE, exposure: float = 0.0, noise: float = 0.0
 ) -> tuple[Views, Views]:

@@ -69,11 +69,13 @@ def test_unbounded_sizes_are_smaller_unless_given_or_stored():
     assert choose_sizes(preset=None) == (32, 32, 600)
 
 
-def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others():
+def test_field_auto_is_gaussians_for_unbounded_scenes_too():
     views = room()
     large, scene = preset_config("fast", resolution=96, poses="known"), choose(views)[1]
     config = choose_capture_settings(large, scene)
-    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("grid", "yes", 72, 900)
+    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("gaussians", "yes", 48, 600)
+    config = choose_capture_settings(preset_config("fast", resolution=96, poses="known", field="grid"), scene)
+    assert (config.field, config.grid_resolution, config.field_steps) == ("grid", 72, 900)
     config = choose_capture_settings(replace(large, unbounded="no"), scene)
     assert (config.field, config.grid_resolution, config.field_steps) == ("gaussians", 64, 1200)
     notes = list_notes(views, scene, config, large)
