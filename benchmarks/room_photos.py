@@ -39,17 +39,17 @@ class Solid:
     inside: bool = False
 
     def intersect(self, eye: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """Return the distance [N] along rays [N, 3] to the surface; infinite where they miss it."""
-        origin, rays = (eye - self.centre) @ self.turn, rays @ self.turn
+        """Return the distance [N] along rays [3, N] to the surface; infinite where they miss it."""
+        origin, rays, half = (eye - self.centre) @ self.turn, self.turn.T @ rays, self.half[:, None]
         if self.is_round:
-            origin, rays = origin / self.half, rays / self.half
-            a, b, c = (rays**2).sum(1), rays @ origin, origin @ origin - 1
+            origin, rays = origin / self.half, rays / half
+            a, b, c = (rays**2).sum(0), origin @ rays, origin @ origin - 1
             root = b * b - a * c
             distance = (-b - np.sqrt(root.clip(0))) / a
             return np.where((root > 0) & (distance > 0), distance, np.inf)
         rays = np.where(np.abs(rays) < 1e-6, 1e-6, rays)
-        one, other = (-self.half - origin) / rays, (self.half - origin) / rays
-        enter, leave = np.minimum(one, other).max(1), np.maximum(one, other).min(1)
+        one, other = (-half - origin[:, None]) / rays, (half - origin[:, None]) / rays
+        enter, leave = np.minimum(one, other).max(0), np.maximum(one, other).min(0)
         return leave if self.inside else np.where((enter < leave) & (enter > 0), enter, np.inf)
 
     def shade(self, points: np.ndarray) -> np.ndarray:
@@ -113,14 +113,14 @@ def make_room(seed: int) -> list[Solid]:
 def render_photo(solids: list[Solid], pose: np.ndarray, k: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return an image [H, W, 3] in [0, 1], one ray a pixel."""
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) + 0.5
-    rays = np.stack([(x.ravel() - k[0, 2]) / k[0, 0], -(y.ravel() - k[1, 2]) / k[1, 1], -np.ones(x.size)], 1)
-    rays, eye = np.float32(rays @ pose[:3, :3].T), np.float32(pose[:3, 3])
+    rays = np.stack([(x.ravel() - k[0, 2]) / k[0, 0], -(y.ravel() - k[1, 2]) / k[1, 1], -np.ones(x.size)])
+    rays, eye = np.float32(pose[:3, :3] @ rays), np.float32(pose[:3, 3])
     distances = np.stack([solid.intersect(eye, rays) for solid in solids])
     nearest = distances.argmin(0)
     color = np.zeros((x.size, 3), np.float32)
     for i in np.unique(nearest):
         rows = nearest == i
-        color[rows] = solids[i].shade(eye + distances[i, rows, None] * rays[rows])
+        color[rows] = solids[i].shade(eye + distances[i, rows, None] * rays[:, rows].T)
     return color.reshape(*size, 3).clip(0, 1)
 
 
