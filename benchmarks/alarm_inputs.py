@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.room_photos import make_photos
 from factorkit.data import draw_flowers
 from factorkit.data.datasets import open_dataset
 from factorkit.data.masks import load_labelled
@@ -228,11 +229,13 @@ def make_layers(seed: int, count: int = 16, size: int = 24) -> Views:
 
 
 def open_scene_views(name: str, seed: int, data: Path, size: int = 24) -> Views:
-    """Return views with true cameras: 40 around an object, or 16 to 20 forward-facing ones."""
+    """Return views with true cameras: 40 around an object, 49 in a room, or 16 to 20 forward-facing ones."""
     if name == "procedural":
         return make_procedural_views(40, size, seed=seed)
     if name == "square":
         return make_layers(seed)
+    if name == "room":
+        return make_photos(seed, size=(96, 128))[0].resize(32)
     generator = torch.Generator().manual_seed(seed)
     if name == "lego":
         views = open_views(data / "nerf_lego_200", "train", size)

@@ -206,6 +206,11 @@ FAULTS = {
         2: ("", "exchanged"),
         3: ("", "random"),
     },
+    "room": {
+        0: ("", "jitter 3", "jitter 10", "exchanged"),
+        1: ("", "jitter 3", "jitter 20", "mirror"),
+        2: ("", "jitter 10", "jitter 20", "random"),
+    },
     "square": {0: ("", "exchanged", "noise"), 1: ("", "unrelated"), 2: ("", "backward", "focal 2"), 3: ("",)},
 }
 NERFDIFF = [NerfdiffRun(s, seed, fault) for s, rows in FAULTS.items() for seed in rows for fault in rows[seed]]

@@ -42,7 +42,7 @@ from factorkit.nerfdiff.alarms import pose_alarms, silhouette_check, silhouette_
 from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import preset_config as nerfdiff_preset
 from factorkit.nerfdiff.held_out import forward_direction_check, held_out_checks
-from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.scene import choose_unbounded, open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.report.content import all_failures
 from factorkit.segdiff.alarms import MIN_JUDGED_STEPS, Alarms, measure_alarms
@@ -66,6 +66,7 @@ QUANTITIES = {  # name of the value -> (model, layout or kind of masks, whether 
     "place_share, objects": ("segdiff", "objects", True),
     "held_out_cross, object": ("nerfdiff", "object", False),
     "held_out_cross, forward": ("nerfdiff", "forward", False),
+    "held_out_cross, unbounded": ("nerfdiff", "unbounded", False),
 }
 
 
@@ -150,6 +151,8 @@ def fit_nerfdiff(run: NerfdiffRun, data: Path) -> None:
         config = nerfdiff_preset("fast", poses="known", resolution=max(views.size), samples_per_ray=24, field_steps=60)
         config = replace(config, steps=30, seed=run.seed, device="cpu", threads=1, sample_every=0)
         scene = open_scene(views, max(views.size), CPU)
+        config = replace(config, unbounded=choose_unbounded(config, scene))
+        unbounded = config.unbounded == "yes"
         with tempfile.TemporaryDirectory() as folder:
             training = Training(config, scene, Path(folder), {"scene": {}}, False)
             poses = scene.poses
@@ -166,14 +169,19 @@ def fit_nerfdiff(run: NerfdiffRun, data: Path) -> None:
     except DataError as error:
         record(run.key(), result | {"failures": [f"refused: {error}"]})
         return
-    checks = [*held_out_checks(scene.layout, errors, noise, reason), shared]
+    checks = [*held_out_checks(scene.layout, errors, noise, reason, unbounded), shared]
     failures = [] if scene.layout == "forward" else pose_alarms(poses, images=scene.images)["failures"]
     if scene.layout == "forward":
         checks.append(forward_direction_check(poses))
     else:
         checks.append(silhouette_check(silhouette_offset(field.field, scene, poses, 24)))
     values = {} if errors is None else {"held_out_cross": errors.cross, "held_out_nearest": errors.nearest}
-    result |= {"layout": scene.layout, "unchecked": reason, **values, "shared_ratio": shared.value}
+    result |= {
+        "layout": "unbounded" if unbounded else scene.layout,
+        "unchecked": reason,
+        **values,
+        "shared_ratio": shared.value,
+    }
     record(run.key(), result | {"failures": [*failures, *all_failures(checks)]})
 
 

@@ -80,7 +80,7 @@ class NerfdiffConfig(EngineConfig):
     """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, tiny-cuda-nn's hash grid and
     fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The pose search always uses a grid, and Gaussians
     start from one. "auto", the default of the presets "demo" and "fast": Gaussians for views of 64 pixels or more,
-    the grid for smaller ones, unbounded scenes and search="joint"."""
+    the grid for smaller ones and search="joint"."""
     num_gaussians: int = 10_000
     """Number of Gaussians, with field="gaussians". Training moves them, but neither adds nor removes any."""
     gaussian_steps: int = 4000

@@ -178,6 +178,24 @@ def render_pixels(
 
 
 @torch.no_grad()
+def sample_surface(
+    field: Field, poses: Tensor, camera: CameraModel, size: tuple[int, int], samples: int, count: int, seed: int
+) -> Tensor:
+    """Return what random pixels of the training views show: positions [count, 3] at the mean depth of their rays.
+
+    The arguments are those of :func:`render_pixels`, with the poses of all training views.
+    """
+    generator, shape = torch.Generator().manual_seed(seed), (len(poses), -(-count // len(poses)))
+    pixels = torch.randint(0, size[0] * size[1], shape, generator=generator).to(poses.device)
+    own = camera.of_views()
+    rendered = render_pixels(field, poses, camera, pixels, size, samples, intrinsics=own)
+    points = torch.stack([pixels % size[1], pixels // size[1]], dim=-1) + 0.5
+    rays = pixel_rays(poses, camera.pixel_intrinsics(*size, own), points.to(poses.dtype))
+    depth = rendered.depth / rendered.opacity.clamp_min(1e-6)
+    return (rays.origins + depth[..., None] * rays.directions).flatten(0, 1)[:count]
+
+
+@torch.no_grad()
 def render_views(
     field: Field,
     poses: Tensor,

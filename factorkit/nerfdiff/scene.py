@@ -253,7 +253,7 @@ def choose_unbounded(config: NerfdiffConfig, scene: Scene) -> Literal["yes", "no
     """Return whether the field covers all of space: as the settings say, else as cameras and images suggest.
 
     Raises:
-        ConfigError: ``unbounded="yes"`` for a scene without known poses around it, or with Gaussians.
+        ConfigError: ``unbounded="yes"`` for a scene without known poses around it.
     """
     poses = scene.initial_poses if config.poses == "predicted" else scene.poses if config.poses == "known" else None
     if config.unbounded != "auto":
@@ -261,14 +261,12 @@ def choose_unbounded(config: NerfdiffConfig, scene: Scene) -> Literal["yes", "no
             "these views are forward-facing, whose box reaches to infinity already"
             if scene.layout == "forward"
             else "it needs known poses, or those of structure from motion"
-            if poses is None
-            else 'Gaussians have no contracted space; use field="grid" or "hashgrid"'
         )
-        if config.unbounded == "yes" and (scene.layout == "forward" or poses is None or config.field == "gaussians"):
+        if config.unbounded == "yes" and (scene.layout == "forward" or poses is None):
             raise ConfigError(f'unbounded="yes": {problem}, or give unbounded="no" (--unbounded no)')
         return config.unbounded
     is_object = scene.foreground is not None or config.background != "given"
-    if poses is None or scene.layout == "forward" or is_object or config.field == "gaussians":
+    if poses is None or scene.layout == "forward" or is_object:
         return "no"
     inwards = (poses[:, :3, 2] * poses[:, :3, 3]).sum(1) > 0
     return "yes" if inwards.float().mean() >= MIN_INWARD_SHARE else "no"

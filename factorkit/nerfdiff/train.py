@@ -267,8 +267,7 @@ def choose_capture_settings(
     config = config.with_choices(stored)
     unbounded = choose_unbounded(config, scene)
     if "scene" not in stored:
-        by_views = "grid" if unbounded == "yes" else "gaussians"
-        config = config.with_field(by_views if config.field == "auto" else config.field, unbounded)
+        config = config.with_field("gaussians" if config.field == "auto" else config.field, unbounded)
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
@@ -290,10 +289,7 @@ def list_notes(
     """
     notes = [*views.notes, *([scene.note] if scene.note else [])]
     if requested is not None and config.field != requested.field:
-        reason = (
-            "the scene is unbounded" if config.unbounded == "yes" else f"views of {MIN_GAUSSIAN_VIEWS} pixels or more"
-        )
-        notes.append(f'field="{config.field}": {reason} (--field).')
+        notes.append(f'field="{config.field}": views of {MIN_GAUSSIAN_VIEWS} pixels or more (--field).')
     if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
         notes.append(
             "The search recentres the views by their foreground, and the cameras need not look at the object's centre "

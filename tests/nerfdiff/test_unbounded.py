@@ -42,7 +42,7 @@ def test_unbounded_auto_depends_on_poses_masks_background_and_directions():
     assert config.unbounded == "yes" and any("all of space" in note for note in list_notes(views, scene, config))
     outwards = scene.poses @ torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0]))
     assert choose_unbounded(replace(config, unbounded="auto"), replace(scene, poses=outwards)) == "no"
-    for settings in ({"poses": "predicted", "search": "dictionary"}, {"poses": "learned"}, {"field": "gaussians"}):
+    for settings in ({"poses": "predicted", "search": "dictionary"}, {"poses": "learned"}):
         assert choose(views, **settings)[0].unbounded == "no"
     assert choose(replace(views, background=torch.ones(3)))[0].unbounded == "no"
     assert choose(replace(views, masks=torch.ones(10, 1, 16, 16)))[0].unbounded == "no"
@@ -69,11 +69,13 @@ def test_unbounded_sizes_are_smaller_unless_given_or_stored():
     assert choose_sizes(preset=None) == (32, 32, 600)
 
 
-def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others():
+def test_field_auto_is_gaussians_for_unbounded_scenes_too():
     views = room()
     large, scene = preset_config("fast", resolution=96, poses="known"), choose(views)[1]
     config = choose_capture_settings(large, scene)
-    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("grid", "yes", 72, 900)
+    assert (config.field, config.unbounded, config.grid_resolution, config.field_steps) == ("gaussians", "yes", 48, 600)
+    config = choose_capture_settings(preset_config("fast", resolution=96, poses="known", field="grid"), scene)
+    assert (config.field, config.grid_resolution, config.field_steps) == ("grid", 72, 900)
     config = choose_capture_settings(replace(large, unbounded="no"), scene)
     assert (config.field, config.grid_resolution, config.field_steps) == ("gaussians", 64, 1200)
     notes = list_notes(views, scene, config, large)
@@ -88,7 +90,6 @@ def test_field_auto_is_the_grid_for_an_unbounded_scene_and_gaussians_for_others(
     [
         ({}, "forward", "forward-facing"),
         ({"poses": "predicted", "search": "dictionary"}, "object", "needs known poses"),
-        ({"field": "gaussians"}, "object", "Gaussians"),
     ],
 )
 def test_unbounded_yes_for_another_scene_is_refused(settings, layout, message):
@@ -124,15 +125,17 @@ def test_field_unbounded_is_the_box_field_of_contracted_positions(kind):
 
 
 @pytest.mark.slow
-def test_train_room_renders_exports_and_resumes_as_unbounded(tmp_path, tiny):
+@pytest.mark.parametrize("field", ["hashgrid", "gaussians"])
+def test_train_room_renders_exports_and_resumes_as_unbounded(tmp_path, tiny, field):
     views, out = room(), tmp_path / "room"
-    settings = tiny | {"resolution": 16, "poses": "known", "field": "hashgrid", "field_steps": 12}
+    settings = tiny | {"resolution": 16, "poses": "known", "field": field, "field_steps": 12}
+    settings |= {"num_gaussians": 200, "gaussian_steps": 12}
     run = train_nerfdiff(views, out=out, **settings)
     assert run.config.unbounded == "yes" and run.model.field.unbounded and run.model.field.occupancy is None
     again = NerfdiffRun.load(out)
     assert torch.equal(again.render_path("orbit", frames=2).images, run.render_path("orbit", frames=2).images)
-    far = torch.tensor([[5.0, 0.0, 0.0]])
-    assert again.model.field(far, far)[0] > 0
+    far = 3 * torch.randn(4096, 3, generator=torch.Generator().manual_seed(0))
+    assert again.model.field(far, far)[0][far.abs().amax(1) > 1.5].max() > 0
     resumed = train_nerfdiff(views, out=out, **settings)
     assert resumed.step == run.step
     with pytest.raises(Exception, match="unbounded"):

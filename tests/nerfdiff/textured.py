@@ -40,7 +40,7 @@ def render_turned(pose: np.ndarray, degrees, size: tuple[int, int]) -> list[np.n
     return images
 
 
-def _make_texture(seed: int) -> np.ndarray:
+def make_texture(seed: int) -> np.ndarray:
     rng, total = np.random.default_rng(seed), np.zeros((TEXTURE_SIDE, TEXTURE_SIDE, 3))
     for cells in (16, 64):
         noise = torch.from_numpy(rng.random((1, 3, cells, cells)))
@@ -51,10 +51,10 @@ def _make_texture(seed: int) -> np.ndarray:
 
 
 TINTS = ((0.9, 0.5, 0.3), (0.4, 0.6, 0.9), (0.9, 0.8, 0.4), (0.6, 0.65, 0.6))  # of the block's sides and the floor
-TEXTURES = [0.55 * _make_texture(seed) + 0.45 * np.array(tint) for seed, tint in enumerate(TINTS)]
+TEXTURES = [0.55 * make_texture(seed) + 0.45 * np.array(tint) for seed, tint in enumerate(TINTS)]
 
 
-def _sample(texture: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def sample_texture(texture: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return colours of a repeated texture at positions in texels, bilinear."""
     i, j = np.floor(u).astype(int), np.floor(v).astype(int)
     a, b = (u - i)[:, None], (v - j)[:, None]
@@ -98,15 +98,15 @@ def render_photo(
     for a in range(3):
         rows = is_block & (axis == a)
         u, v = np.delete(hits[rows], a, 1).T * TEXELS + 37 * a * np.sign(hits[rows, a])
-        color[rows] = _sample(TEXTURES[a], u, v)
+        color[rows] = sample_texture(TEXTURES[a], u, v)
     distance = (FLOOR - eye[2]) / rays[:, 2]
     rows = ~is_block & (distance > 0) & (distance < 12)
     floor = eye + distance[:, None] * rays
     if still:
         rows = ~is_block
-        color[rows] = _sample(TEXTURES[3], y.ravel()[rows] * 0.7, x.ravel()[rows] * 0.7)
+        color[rows] = sample_texture(TEXTURES[3], y.ravel()[rows] * 0.7, x.ravel()[rows] * 0.7)
     else:
-        color[rows] = _sample(TEXTURES[3], floor[rows, 0] * TEXELS, floor[rows, 1] * TEXELS)
+        color[rows] = sample_texture(TEXTURES[3], floor[rows, 0] * TEXELS, floor[rows, 1] * TEXELS)
     pixels = color.reshape(height, 2, width, 2, 3).mean((1, 3))
     mask = is_block.reshape(height, 2, width, 2).mean((1, 3)) > 0.5
     return (pixels * 255).round().astype(np.uint8), mask

@@ -14,7 +14,7 @@ from factorkit import ops
 from factorkit.nerfdiff.fields.base import Field, ImageField
 from factorkit.ops.encodings import C0, MAX_DEGREE
 from factorkit.ops.project_gaussians import LOW_PASS
-from factorkit.rendering import Rendered, from_ndc, image_rays
+from factorkit.rendering import Rendered, contract, from_ndc, image_rays
 from factorkit.utils.rng import derived_seed
 
 MIN_OPACITY = 0.005  # below it a Gaussian is moved to where an opaque one is (Kheradmand et al. 2024)
@@ -31,13 +31,15 @@ DENSITY_CELLS = 64  # along each side of the grid that approximates the Gaussian
 SAMPLES_PER_GAUSSIAN = 32  # that spread a Gaussian over the cells
 POINT_SHARE = 0.5  # of the Gaussians, at most, that start at sparse points: smooth surfaces have none
 INITIAL_CELLS = 64  # along each side of the box, from which the first positions are drawn
+NEIGHBOURS = 3  # whose mean distance is the first scale of a Gaussian of all space (Kerbl et al. 2023, section 5.1)
 
 
 class GaussianField(ImageField):
     """Gaussians with opacity and a colour that depends on the direction by spherical harmonics of degree 3.
 
     :meth:`rasterize` draws whole images of pinhole cameras. For positions in the box it returns a grid of its density,
-    which suffices for points, meshes and checks. The Gaussians are in world coordinates, also in forward-facing scenes.
+    which suffices for points, meshes and checks. The Gaussians are in world coordinates, also in forward-facing and in
+    unbounded scenes.
 
     Args:
         count: number of Gaussians; training moves them, but neither adds nor removes any.
@@ -66,15 +68,22 @@ class GaussianField(ImageField):
         self._density: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
-    def start_from(self, field: Field, seed: int, points: Tensor | None = None) -> None:
+    def start_from(self, field: Field, seed: int, points: Tensor | None = None, surface: Tensor | None = None) -> None:
         """Move the Gaussians to where another field is dense, with its colours, background and appearance.
 
         Args:
-            field: in the same box [-1, 1]^3.
+            field: in the same box [-1, 1]^3, or of all space.
             seed: of the positions.
             points: sparse points [P, 3] of an object scene; up to half of the Gaussians start there.
+            surface: positions [N, 3] of what the views show of a field of all space, most of whose cells they do not.
         """
         generator, device = torch.Generator().manual_seed(seed), self.means.device
+        if surface is not None:
+            self.means.copy_(surface)
+            self._start_at(points, generator)
+            self.log_scales.copy_(neighbour_distances(self.means).clamp_min(1e-3).log()[:, None])
+            self._take_appearance(field)
+            return
         line = (torch.arange(INITIAL_CELLS) + 0.5) * 2 / INITIAL_CELLS - 1
         cells = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3).to(device)
         cell = 2 / INITIAL_CELLS
@@ -83,18 +92,25 @@ class GaussianField(ImageField):
         rows = torch.multinomial(share.cpu() + 1e-12, len(self.means), replacement=True, generator=generator).to(device)
         jitter = (torch.rand(len(rows), 3, generator=generator).to(device) - 0.5) * cell
         self.means.copy_(cells[rows] + jitter)
-        if points is not None:
-            inside = points[(points.abs() <= 1).all(1)].to(device)
-            order = torch.randperm(len(inside), generator=generator)[: int(POINT_SHARE * len(rows))].to(device)
-            self.means[: len(order)] = inside[order]
+        self._start_at(None if points is None else points[(points.abs() <= 1).all(1)], generator)
         volume = float((share > 0).float().mean()) * 8
         if self.box_scale is not None:  # the far wall of the box is at infinity
             self.means[:, 2].clamp_max_(1 - cell / 2)
-        color = field(self.means, F.normalize(self.from_box(self.means), dim=1))[1].float()
-        self.colors.copy_(((color - 0.5) / C0)[:, None])
+        self._take_appearance(field)
         self.means.copy_(self.from_box(self.means))
         self.log_scales.fill_(math.log(max(0.7 * (volume / len(rows)) ** (1 / 3), 1e-3)))
         self.log_scales.add_(self.units().log())
+
+    def _start_at(self, points: Tensor | None, generator: torch.Generator) -> None:
+        """Move up to half of the Gaussians to sparse points [P, 3]."""
+        if points is not None:
+            order = torch.randperm(len(points), generator=generator)[: int(POINT_SHARE * len(self.means))]
+            self.means[: len(order)] = points.to(self.means)[order.to(self.means.device)]
+
+    def _take_appearance(self, field: Field) -> None:
+        """Copy colours, background and appearance of another field; the means are in its coordinates."""
+        color = field(self.means, F.normalize(self.from_box(self.means), dim=1))[1].float()
+        self.colors.copy_(((color - 0.5) / C0)[:, None])
         for name in ("background", "appearance"):
             own, other = getattr(self, name), getattr(field, name)
             if own is not None:
@@ -102,6 +118,8 @@ class GaussianField(ImageField):
 
     def units(self) -> Tensor:
         """Return the length [N, 1] in the world of a unit of the box, across the viewing axis, at each Gaussian."""
+        if self.unbounded:  # grows with the distance, as a pixel does
+            return self.means.detach().abs().amax(1, keepdim=True).clamp_min(1)
         if self.box_scale is None:
             return self.means.new_ones(1)
         return -self.means.detach()[:, 2:].clamp_max(-1.0) / self.box_scale.mean()
@@ -113,7 +131,9 @@ class GaussianField(ImageField):
         return from_ndc(points, F.pad(self.box_scale / 2, (0, 1)).diag(), 1, 1)
 
     def to_box(self, points: Tensor) -> Tensor:
-        """Return coordinates [..., 3] in the box of points in the world: the inverse of :meth:`from_box`."""
+        """Return coordinates [..., 3] in the box of points in the world."""
+        if self.unbounded:
+            return contract(points)
         if self.box_scale is None:
             return points
         depth = -points[..., 2:].clamp_max(-1e-3)
@@ -205,6 +225,7 @@ class GaussianField(ImageField):
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return density [M] and colour [M, 3] of the grid that approximates the Gaussians; without gradient."""
         grid = self._density_grid()
+        positions = contract(positions) if self.unbounded else positions
         values = F.grid_sample(grid, positions.flip(-1)[None, :, None, None].to(grid), align_corners=False)
         values = values[0, :, :, 0, 0].T
         inside = (positions.abs().amax(-1) <= 1).to(values.dtype)
@@ -224,6 +245,9 @@ class GaussianField(ImageField):
         depth = -torch.log1p(-self.opacities.sigmoid().clamp_max(0.999))  # optical, through the centre
         mean_scale = scale.prod(1) ** (1 / 3)
         mass = depth * 2 * math.pi * mean_scale.square() / SAMPLES_PER_GAUSSIAN / (2 / DENSITY_CELLS) ** 3
+        if self.unbounded:  # volume of a cell in the world: contraction shrinks it along the ray and across
+            size = self.units()[:, 0]
+            mass = mass / (2 * size.square()) / (2 * size.square() / (2 * size - 1)).square()
         if self.box_scale is not None:  # the optical depth along the viewing axis is the same in the box
             mass = mass * self.box_scale.prod() / self.means[:, 2].clamp_max(-1.0).square()
         cells = ((self.to_box(points) + 1) / 2 * DENSITY_CELLS).floor().long()
@@ -235,6 +259,13 @@ class GaussianField(ImageField):
         grid = grid.T.reshape(1, 4, *[DENSITY_CELLS] * 3)
         self._density = (state, grid)
         return grid
+
+
+def neighbour_distances(points: Tensor) -> Tensor:
+    """Return the mean distance [N] of points [N, 3] to their nearest neighbours."""
+    count = min(NEIGHBOURS, len(points) - 1) + 1  # the first is the point itself
+    nearest = [torch.cdist(part, points).topk(count, largest=False).values for part in points.split(1 << 10)]
+    return torch.cat(nearest).sum(1) / max(1, count - 1)
 
 
 def rotations(quaternions: Tensor) -> Tensor:

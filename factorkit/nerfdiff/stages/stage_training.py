@@ -21,6 +21,7 @@ from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupanc
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import HeldOutErrors, SharedError, compare_held_out
+from factorkit.nerfdiff.rays import sample_surface
 from factorkit.nerfdiff.scene import Scene, scale_focal, with_intrinsics
 from factorkit.nerfdiff.stages.flip_test import split_in_halves
 from factorkit.nerfdiff.stages.refine import COARSE_SIZES, FitTask, SceneFit, drawn_size
@@ -219,7 +220,13 @@ class StageTraining:
                 file=sys.stderr,
             )
         field.box_scale = scene.camera.box_scale
-        field.start_from(fitted.field, derived_seed("start", config.seed), scene.points)
+        seed, surface = derived_seed("start", config.seed), None
+        if field.unbounded:
+            poses = fitted.view_poses().detach()
+            surface = sample_surface(
+                fitted.field, poses, scene.camera, scene.size, config.samples_per_ray, config.num_gaussians, seed
+            )
+        field.start_from(fitted.field, seed, scene.points, surface)
         fitted = self.fit(
             "gaussians",
             field,

@@ -25,7 +25,7 @@ from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.fields.base import Appearance, build_background
 from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
-from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
+from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views, sample_surface
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
@@ -160,6 +160,37 @@ def test_density_grid_has_the_optical_depth_of_a_gaussian():
     depth = values.mean(0).sum() * (line[1] - line[0])
     assert depth.item() == pytest.approx(math.log(2), rel=0.4)
     assert field(torch.full((1, 3), 1.5), points[:1])[0] == 0
+
+
+@pytest.mark.parametrize("direction", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)])
+def test_density_of_all_space_has_the_optical_depth_of_a_distant_gaussian(direction):
+    field = build_field("gaussians", 64, 0, unbounded=True)  # at one place: few samples each are spread over cells
+    field.means.data = torch.tensor([[4.0, 0.5, 0.0]]).repeat(64, 1)
+    field.log_scales.data.fill_(math.log(0.6))
+    field.opacities.data.fill_(torch.tensor(1 - 0.5 ** (1 / 64)).logit())  # half of the light passes all
+    line = torch.linspace(-3, 3, 801)
+    points = field.means[:1].detach() + line[:, None] * torch.tensor(direction)
+    values = torch.stack([field(points + 0.1 * torch.randn(3), points)[0] for _ in range(60)])
+    depth = values.mean(0).sum() * (line[1] - line[0])
+    assert depth.item() == pytest.approx(math.log(2), rel=0.4)
+
+
+def test_start_from_a_field_of_all_space_lies_on_what_the_views_show():
+    room = build_field("grid", 33, 0, unbounded=True)
+    line = torch.linspace(-1, 1, 33)
+    outside = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).abs().amax(0) > 0.8  # beyond 2.5
+    room.values.data = torch.where(outside[..., None], 3.0, -8.0).expand(33, 33, 33, 4).clone()
+    poses = rendering.look_at(torch.tensor([[1.5, 0, 0.2], [0, 1.5, 0.2]]), torch.zeros(3), torch.tensor([0, 0, 1.0]))
+    surface = sample_surface(room, poses, make_camera(), SIZE, 64, 301, 0)
+    field = build_field("gaussians", 301, 0, unbounded=True)
+    field.start_from(room, 0, None, surface)
+    distance = field.means.abs().amax(1)
+    assert len(surface) == 301 and (distance > 2).all() and (distance < 3.6).all()
+    drawn = render_views(field, poses[:1], make_camera(), SIZE, 1)
+    assert drawn.opacity.mean() > 0.5 and field.colors.std() < 0.5
+    points = torch.full((400, 3), 9.0)
+    field.start_from(room, 0, points, surface)
+    assert int((field.means == 9).all(1).sum()) == 150, "sparse points of all space, at most half"
 
 
 def test_start_from_a_grid_lies_where_it_is_dense():
