@@ -52,19 +52,25 @@ FAULTS = {
     "stops": "the turntable goes three times as fast in parts of the turn, and stops twice for 5 views; not in all",
 }
 ALL = tuple(name for name in FAULTS if name != "stops")
+WALKS = {  # other than one whole turn at one elevation; turns, and elevations in degrees above the mean as a function
+    "half": ("half of a turn", 0.5, lambda share: 0 * share),
+    "three-quarters": ("three quarters of a turn", 0.75, lambda share: 0 * share),
+    "two-turns": ("two turns, the second one 20 degrees higher", 2.0, lambda share: 20.0 * (share > 0.5) - 5),
+    "spiral": ("one and a half turns that rise by 30 degrees", 1.5, lambda share: 30 * share - 10),
+}
 
 
 def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60, size: int = 32) -> Views:
     """Return views of the procedural scene on a turntable, in order, with masks and true poses.
 
     Args:
-        faults: names of :data:`FAULTS`; "all" is :data:`ALL`.
+        faults: names of :data:`FAULTS`, and at most one of :data:`WALKS`; "all" is :data:`ALL`.
         seed: of the faults, of the first azimuth and of the elevation (15 to 35 degrees).
-        count: number of views of the whole turn.
+        count: number of views.
         size: side of the images in pixels.
     """
-    if unknown := set(faults) - {*FAULTS, "all"}:
-        raise ValueError(f"faults {sorted(unknown)}: choose from {', '.join(FAULTS)}, all")
+    if unknown := set(faults) - {*FAULTS, *WALKS, "all"}:
+        raise ValueError(f"faults {sorted(unknown)}: choose from {', '.join([*FAULTS, *WALKS])}, all")
     on = {*faults, *ALL} if "all" in faults else set(faults)
     generator = torch.Generator().manual_seed(seed)
 
@@ -77,8 +83,11 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
     pace = 1 + where("pace", 0.7 * uniform(count))
     if "stops" in on:
         pace = pace * _uneven_pace(count, seed)
-    azimuth = (pace.cumsum(0) / pace.sum() + torch.rand(1, generator=generator)) * 2 * math.pi
-    elevation = 25 + 10 * uniform(1) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
+    walk = [WALKS[name] for name in WALKS if name in on]
+    _, turns, rise = walk[0] if walk else ("one turn", 1.0, torch.zeros_like)
+    share = pace.cumsum(0) / pace.sum()
+    azimuth = (turns * share + torch.rand(1, generator=generator)) * 2 * math.pi
+    elevation = 25 + 10 * uniform(1) + rise(share) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
     elevation = elevation.deg2rad()
     distance = RADIUS * (1 + where("size", 0.2 * uniform(count)))
     direction = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], 1)
