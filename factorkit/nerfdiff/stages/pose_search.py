@@ -1,7 +1,7 @@
 """Find the cameras of unposed views: a search for a start, refinement, and the flip test.
 
 Captures in order also start from even walks around the object, in the order that their views were taken in: from one
-turn, and unless it fits, from parts of a turn and more of them.
+turn, and unless the last views return to the first ones, from as many turns or parts of one as the views suggest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,8 +50,10 @@ Order = Literal["names", "times"]  # what gives the order of the views: their na
 MAX_LIKENESS_RATIO = 0.8  # rings have .03 to .5; views in random order .97 to 1.07
 MIN_ORDERED_VIEWS = 12
 RING_ELEVATIONS = (25.0, 10.0, 40.0)  # degrees, the first is tried both ways; the refinement corrects the rest
-OTHER_TURNS = (0.5, 0.75, 1.5, 2.0)  # around the object, where one turn does not fit; the refinement corrects the rest
-CLOSING_SHARE = 0.1  # of the views, first and last ones, that are as near to each other if the walk is one whole turn
+PARTS_OF_TURN = (0.5, 0.75)  # where no view returns to an earlier one; the refinement corrects the rest
+MAX_RETURN_RATIO = 0.5  # of excess likenesses, after a turn over that of neighbours: turns .6 to 2.2, others up to .43
+RETURN_SHARE = 0.05  # of the views: over so many more and fewer steps likenesses are averaged
+WHOLE_TURN_TOLERANCE = 0.15  # in turns: this close to one turn the walk starts as one
 WAYS: tuple[Way, Way] = ("left", "right")
 MAX_NUMBER_GAP = 4.0  # in median steps: larger gaps between the numbers of names are pauses, not missing views
 LIKENESS_SIDE, LIKENESS_BLUR = 32, 1.0  # longer side of the compared images and blur, in pixels
@@ -145,8 +148,8 @@ class DictionarySearch:
     def _choose_start(self, search: Callable[[], Tensor]) -> Tensor:
         """Return an even walk, or what ``search`` returns [V, 3]: from which a short fit explains held-out views best.
 
-        Other than one whole turn is left out if the first views follow the last ones and one way around explains the
-        views much better than the other; the search is left out if one way does, with as many turns as fit best.
+        The search is left out if one way around, with as many turns as fit best, explains the views much better than
+        the other: then a walk fits.
         """
         training = self.training
         starts: dict[str, tuple[Tensor, float]] = {}  # directions, and turns around the object
@@ -160,7 +163,7 @@ class DictionarySearch:
             return errors[name]
 
         def try_walk(way: Way, elevation: float, turns: float) -> float:
-            name = f"{way} {elevation:g}" + (f" turns {turns:g}" if turns != 1 else "")
+            name = f"{way} {elevation:g}" + (f" turns {turns:.3g}" if turns != 1 else "")
             return try_start(name, ring_directions(self.scene, way, elevation, turns), turns)
 
         first, *others = RING_ELEVATIONS
@@ -168,12 +171,11 @@ class DictionarySearch:
         better, worse = (try_walk(way, first, turns) for way in WAYS)
         if worse < better:
             one, other, better, worse = other, one, worse, better
-        if not better < MAX_RING_RATIO * worse or not is_one_turn(self.scene):
-            tried = {turns: better} | {number: try_walk(one, first, number) for number in OTHER_TURNS}
-            turns = min(tried, key=lambda number: tried[number])
-            if turns != 1:
-                better, worse = tried[turns], try_walk(other, first, turns)
-                one, better, worse = (other, worse, better) if worse < better else (one, better, worse)
+        tried = {turns: better} | {number: try_walk(one, first, number) for number in other_turns(self.scene)}
+        turns = min(tried, key=lambda number: tried[number])
+        if turns != 1:
+            better, worse = tried[turns], try_walk(other, first, turns)
+            one, better, worse = (other, worse, better) if worse < better else (one, better, worse)
         for elevation in others:
             try_walk(one, elevation, turns)
         if not better < MAX_RING_RATIO * worse:
@@ -184,7 +186,7 @@ class DictionarySearch:
         training.scene = replace(training.scene, turns=turns)
         if turns != 1 and training.progress and distributed.rank() == 0:
             tqdm.write(
-                f"a walk of about {turns:g} turns around the object explains the views better than one whole turn",
+                f"a walk of about {turns:.2g} turns around the object explains the views better than one whole turn",
                 file=sys.stderr,
             )
         return direction
@@ -222,15 +224,30 @@ def likeness_ratio(images: Tensor) -> float:
     return float(squared.diagonal(1).median() / _median_pair(squared))
 
 
-def closing_ratio(images: Tensor) -> float:
-    """Return the median squared difference of first and last images [V, 3, H, W] over that of all pairs.
+def return_lag(images: Tensor) -> int | None:
+    """Return after how many steps images [V, 3, H, W] in their order return to where they were; None if they do not.
 
-    The pairs are those that one whole turn would make as near to each other as :data:`CLOSING_SHARE` of the views.
+    What makes a view unlike all others (exposure, a wrong mask) is taken off: likenesses are those in excess of the
+    means of both views. The first return counts.
     """
-    squared = _squared_differences(images)
-    count, reach = len(squared), max(1, round(CLOSING_SHARE * len(squared)))
-    row, column = torch.triu_indices(count, count, count - reach)
-    return float(squared[row, column].median() / _median_pair(squared))
+    squared, count = _squared_differences(images), len(images)
+    others = ~torch.eye(count, dtype=torch.bool, device=squared.device)
+    mean = squared.sum(1) / (count - 1)
+    excess = squared - mean[:, None] - mean + mean.mean()
+    pairs = torch.arange(count - 1, 0, -1).to(excess)
+    sums = torch.stack([(excess * others).diagonal(lag).sum() for lag in range(1, count)])
+    reach = max(1, round(RETURN_SHARE * count))
+    kernel = torch.ones(1, 1, 2 * reach + 1).to(sums)
+    total, weight = (F.conv1d(x[None, None], kernel, padding=reach)[0, 0] for x in (sums, pairs))
+    profile = (total / weight).tolist()
+    limit, away, best = MAX_RETURN_RATIO * profile[0], False, None
+    for lag, value in enumerate(profile, 1):
+        away = away or value > 0
+        if away and value < limit:
+            best = lag if best is None or value < profile[best - 1] else best
+        elif best is not None:
+            break
+    return best
 
 
 def _squared_differences(images: Tensor) -> Tensor:
@@ -255,10 +272,14 @@ def find_order(scene: Scene) -> Order | None:
     return "times" if by_time else None
 
 
-def is_one_turn(scene: Scene) -> bool:
-    """Return whether the first views of an object, in their order, follow the last ones, as after one whole turn."""
+def other_turns(scene: Scene) -> tuple[float, ...]:
+    """Return how often, other than once, the views of an object may go around it, by their order and likeness."""
     rows = ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None).argsort()
-    return closing_ratio(_centred_images(scene)[rows]) < MAX_LIKENESS_RATIO
+    lag = return_lag(_centred_images(scene)[rows])
+    if lag is None:
+        return PARTS_OF_TURN
+    turns = len(rows) / lag
+    return (turns,) if abs(turns - 1) > WHOLE_TURN_TOLERANCE else ()
 
 
 def _centred_images(scene: Scene) -> Tensor:
