@@ -1,6 +1,7 @@
 """Stand-ins for real captures: a turntable of the procedural scene, with faults of real captures switched on.
 
     python -m benchmarks.captures --faults none light exposure axis shift size roll pace clutter masks focal all
+    python -m benchmarks.captures --faults half half+all two-turns three-quarters spiral
     python -m benchmarks.captures --faults all --seeds 0 1 2 --set 'ordered="no"'
 
 Each run is the search for the cameras at 32 px with the preset "fast", without the encoder. Results are stored in
@@ -14,9 +15,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,21 +53,38 @@ FAULTS = {
     "stops": "the turntable goes three times as fast in parts of the turn, and stops twice for 5 views; not in all",
 }
 ALL = tuple(name for name in FAULTS if name != "stops")
+#: other than one whole turn at one elevation: what it is, turns, what is added to the elevation at a share of the views
+WALKS: dict[str, tuple[str, float, Callable[[Tensor], Tensor]]] = {
+    "half": ("half of a turn", 0.5, lambda share: 0 * share),
+    "three-quarters": ("three quarters of a turn", 0.75, lambda share: 0 * share),
+    "two-turns": ("two turns, the second one 20 degrees higher", 2.0, lambda share: 20.0 * (share > 0.5) - 5),
+    "spiral": ("one and a half turns that rise by 30 degrees", 1.5, lambda share: 30 * share - 10),
+}
 
 
-def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60, size: int = 32) -> Views:
-    """Return views of the procedural scene on a turntable, in order, with masks and true poses.
+class Cameras(NamedTuple):
+    """Cameras of a capture, and what changes with them.
 
-    Args:
-        faults: names of :data:`FAULTS`; "all" is :data:`ALL`.
-        seed: of the faults, of the first azimuth and of the elevation (15 to 35 degrees).
-        count: number of views of the whole turn.
-        size: side of the images in pixels.
+    Attributes:
+        poses: [V, 4, 4].
+        light: direction to the light [V, 3].
+        gain: of the colours, [V, 3].
     """
-    if unknown := set(faults) - {*FAULTS, "all"}:
-        raise ValueError(f"faults {sorted(unknown)}: choose from {', '.join(FAULTS)}, all")
-    on = {*faults, *ALL} if "all" in faults else set(faults)
-    generator = torch.Generator().manual_seed(seed)
+
+    poses: Tensor
+    light: Tensor
+    gain: Tensor
+
+
+def expand_faults(faults: Collection[str]) -> set[str]:
+    """Return the names of faults and walks, those of "all" in its place."""
+    if unknown := set(faults) - {*FAULTS, *WALKS, "all"}:
+        raise ValueError(f"faults {sorted(unknown)}: choose from {', '.join([*FAULTS, *WALKS])}, all")
+    return {*faults, *ALL} if "all" in faults else set(faults)
+
+
+def make_cameras(on: Collection[str], generator: torch.Generator, count: int, seed: int) -> Cameras:
+    """Return the cameras of a turntable, in order; see :func:`make_capture`."""
 
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(*shape, generator=generator) - 1
@@ -77,8 +95,11 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
     pace = 1 + where("pace", 0.7 * uniform(count))
     if "stops" in on:
         pace = pace * _uneven_pace(count, seed)
-    azimuth = (pace.cumsum(0) / pace.sum() + torch.rand(1, generator=generator)) * 2 * math.pi
-    elevation = 25 + 10 * uniform(1) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
+    walk = [WALKS[name] for name in WALKS if name in on]
+    _, turns, rise = walk[0] if walk else ("one turn", 1.0, torch.zeros_like)
+    share = pace.cumsum(0) / pace.sum()
+    azimuth = (turns * share + torch.rand(1, generator=generator)) * 2 * math.pi
+    elevation = 25 + 10 * uniform(1) + rise(share) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
     elevation = elevation.deg2rad()
     distance = RADIUS * (1 + where("size", 0.2 * uniform(count)))
     direction = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], 1)
@@ -94,19 +115,42 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
     if "light" in on:  # as the camera would see it from azimuth 0
         c, s = azimuth.cos(), azimuth.sin()
         light = torch.stack([0.8 * c - 0.4 * s, 0.8 * s + 0.4 * c, torch.full_like(c, 0.6)], 1)
-    intrinsics = intrinsics_from_fov(FOV, RENDERED_SIDE, RENDERED_SIDE)
-    rendered = [_render(pose, intrinsics, own) for pose, own in zip(poses, light, strict=True)]
-    color, opacity = (torch.stack(parts) for parts in zip(*rendered, strict=True))
     gain = (where("exposure", 0.15 * uniform(count, 1)) + where("exposure", 0.05 * uniform(count, 3))).exp()
-    background = torch.zeros(1, 3, RENDERED_SIDE, RENDERED_SIDE)
-    masks = opacity
+    return Cameras(poses, light, gain)
+
+
+def spoil_masks(masks: Tensor, on: Collection[str], generator: torch.Generator) -> Tensor:
+    """Return masks [V, 1, S, S] with the faults of masks."""
+    count, side = len(masks), masks.shape[-1]
     if "clutter" in on:
-        background = interpolate(torch.rand(1, 3, 8, 8, generator=generator), RENDERED_SIDE, mode="bicubic").clamp(0, 1)
-        masks = torch.nn.functional.max_pool2d(masks, 5, stride=1, padding=2)
+        reach = round(0.03 * side)
+        masks = torch.nn.functional.max_pool2d(masks, 2 * reach + 1, stride=1, padding=reach)
     if "masks" in on:
+        masks = masks.clone()
         for i in torch.randperm(count, generator=generator)[: math.ceil(0.05 * count)].tolist():
             left = int((masks[i, 0].sum(0).cumsum(0) < masks[i].sum() / 2).sum())
             masks[i, :, :, :left] = 0
+    return masks
+
+
+def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60, size: int = 32) -> Views:
+    """Return views of the procedural scene on a turntable, in order, with masks and true poses.
+
+    Args:
+        faults: names of :data:`FAULTS`, and at most one of :data:`WALKS`; "all" is :data:`ALL`.
+        seed: of the faults, of the first azimuth and of the elevation (15 to 35 degrees).
+        count: number of views.
+        size: side of the images in pixels.
+    """
+    on, generator = expand_faults(faults), torch.Generator().manual_seed(seed)
+    poses, light, gain = make_cameras(on, generator, count, seed)
+    intrinsics = intrinsics_from_fov(FOV, RENDERED_SIDE, RENDERED_SIDE)
+    rendered = [_render(pose, intrinsics, own) for pose, own in zip(poses, light, strict=True)]
+    color, opacity = (torch.stack(parts) for parts in zip(*rendered, strict=True))
+    background = torch.zeros(1, 3, RENDERED_SIDE, RENDERED_SIDE)
+    if "clutter" in on:
+        background = interpolate(torch.rand(1, 3, 8, 8, generator=generator), RENDERED_SIDE, mode="bicubic").clamp(0, 1)
+    masks = spoil_masks(opacity, on, generator)
     images = ((color + (1 - opacity) * background) * gain[:, :, None, None]).clamp(0, 1)
     images = images * masks + (1 - masks)
     stored = intrinsics.clone()

@@ -148,6 +148,7 @@ def scene_alarms(
         min_elevation=None if config.poses == "known" or config.search == "sfm" else config.elevation_range[0],
         true=scene.poses,
         settled=settled,
+        turns=scene.turns,
     )
     return {"error": error, **alarms}
 
@@ -163,6 +164,7 @@ def pose_alarms(
     min_elevation: float | None = None,
     true: Tensor | None = None,
     settled: bool = True,
+    turns: float = 1.0,
 ) -> dict[str, Any]:
     """Return the alarms of cameras around an object: numbers, "checks", and "failures", a sentence an alarm.
 
@@ -175,6 +177,7 @@ def pose_alarms(
         min_elevation: lowest elevation of the settings, in degrees.
         true: true poses [V, 4, 4], if known; they never cause a failure.
         settled: whether the search is past its random part; before it, scatter and error are no failures.
+        turns: around the object that the views were taken on; cameras on a part of a turn stand on one side.
     """
     alarms: dict[str, Any] = {"azimuth_spread": azimuth_spread(poses), "sector_use": sector_use(poses)}
     spread, sectors = alarms["azimuth_spread"], alarms["sector_use"]
@@ -184,6 +187,9 @@ def pose_alarms(
     text = f"collapse: cameras are at a few places (sectors in use {sectors:.2f} of 1)"
     few_places = sectors < MIN_SECTOR_USE and not one_side
     checks.append(Check("sectors in use", sectors, low=MIN_SECTOR_USE, failures=(text,) if few_places else ()))
+    if turns < 1:
+        reason = f"since the views were taken on {turns:g} of a turn"
+        checks = [Check(check.name, not_run=reason) for check in checks]
 
     def check(
         name: str,

@@ -44,6 +44,7 @@ class Scene:
         times: [V], when the views were taken, in seconds from any start; or None.
         reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
         points: sparse points [P, 3] of an object scene in the field's coordinates, if the poses came with some.
+        turns: around the object that the views were taken on, if the search found that; else 1.
     """
 
     images: Tensor
@@ -61,6 +62,7 @@ class Scene:
     has_focal: bool = True
     masks: Tensor | None = None
     times: Tensor | None = None
+    turns: float = 1.0
 
     @property
     def encoder_images(self) -> Tensor:

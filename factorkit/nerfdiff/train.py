@@ -302,7 +302,7 @@ def list_notes(
         )
     if config.ordered == "yes" and is_object_search(config, scene):
         source = "the times in their EXIF data" if find_order(scene) == "times" else "their names"
-        notes.append(f"The views are taken as one turn around the object in the order of {source} (--ordered no).")
+        notes.append(f"The views are taken for a walk around the object in the order of {source} (--ordered no).")
     if config.unbounded == "yes":
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "

@@ -66,6 +66,14 @@ def scene(field):
 CONFIG = preset_config("demo", samples_per_ray=32)
 
 
+def test_pose_alarms_cameras_on_a_part_of_a_turn_are_no_collapse():
+    """Where the search found a part of a turn."""
+    result = pose_alarms(evenly(40, 180), turns=0.5)
+    spread, sectors = result["checks"][:2]
+    assert not result["failures"] and result["azimuth_spread"] < 0.5
+    assert [check["reason"] for check in (spread, sectors)] == ["since the views were taken on 0.5 of a turn"] * 2
+
+
 def test_pose_alarms_cameras_on_one_side_are_a_collapse():
     assert azimuth_spread(evenly(40, 360)) > 0.99 and azimuth_spread(evenly(40, 10)) < 0.05
     assert names(pose_alarms(evenly(40, 360))) == names(pose_alarms(evenly(40, 250))) == []

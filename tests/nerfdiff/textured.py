@@ -12,6 +12,7 @@ TEXTURE_SIDE = 256  # pixels
 TEXELS = 110.0  # per unit of length
 BLOCK = np.array([0.5, 0.4, 0.6])  # half sizes
 FLOOR = -0.6
+AMBIENT = 0.4  # share of the light that comes from everywhere, where there is a lamp
 
 
 def make_intrinsics_of(size: tuple[int, int], focal: float = 1.1) -> np.ndarray:
@@ -70,12 +71,14 @@ def render_photo(
     lens: Distortion | None = None,
     still: bool = False,
     block: np.ndarray | None = None,
+    light: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return an image uint8 [H, W, 3] and the mask [H, W] of the block.
 
     Args:
         still: behind the block is one texture that does not move, instead of the floor.
         block: centre of the block, for one that moves.
+        light: direction to a lamp, which makes the sides of the block that face it brighter; None: all are alike.
     """
     height, width = size
     fx, fy, cx, cy = k[0, 0], k[1, 1], k[0, 2], k[1, 2]
@@ -99,6 +102,9 @@ def render_photo(
         rows = is_block & (axis == a)
         u, v = np.delete(hits[rows], a, 1).T * TEXELS + 37 * a * np.sign(hits[rows, a])
         color[rows] = sample_texture(TEXTURES[a], u, v)
+        if light is not None:
+            facing = np.sign(hits[rows, a]) * light[a] / np.linalg.norm(light)
+            color[rows] *= AMBIENT + (1 - AMBIENT) * facing.clip(0)[:, None]
     distance = (FLOOR - eye[2]) / rays[:, 2]
     rows = ~is_block & (distance > 0) & (distance < 12)
     floor = eye + distance[:, None] * rays

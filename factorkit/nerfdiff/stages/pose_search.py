@@ -1,17 +1,22 @@
 """Find the cameras of unposed views: a search for a start, refinement, and the flip test.
 
-Captures in order also start from one even ring around the object, in the order that their views were taken in.
+Captures in order also start from even walks around the object, in the order that their views were taken in: from one
+turn, and unless the last views return to the first ones, from as many turns or parts of one as the views suggest.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from factorkit.data.files import natural_order
 from factorkit.data.views.views import resize_area, target_size
@@ -30,6 +35,7 @@ from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
 from factorkit.nerfdiff.stages.stage_training import StageTraining
+from factorkit.utils import distributed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
@@ -44,6 +50,10 @@ Order = Literal["names", "times"]  # what gives the order of the views: their na
 MAX_LIKENESS_RATIO = 0.8  # rings have .03 to .5; views in random order .97 to 1.07
 MIN_ORDERED_VIEWS = 12
 RING_ELEVATIONS = (25.0, 10.0, 40.0)  # degrees, the first is tried both ways; the refinement corrects the rest
+PARTS_OF_TURN = (0.5, 0.75)  # where no view returns to an earlier one; the refinement corrects the rest
+MAX_RETURN_RATIO = 0.5  # of excess likenesses, after a turn over that of neighbours: turns .6 to 2.2, others up to .43
+RETURN_SHARE = 0.05  # of the views: over so many more and fewer steps likenesses are averaged
+WHOLE_TURN_TOLERANCE = 0.15  # in turns: this close to one turn the walk starts as one
 WAYS: tuple[Way, Way] = ("left", "right")
 MAX_NUMBER_GAP = 4.0  # in median steps: larger gaps between the numbers of names are pauses, not missing views
 LIKENESS_SIDE, LIKENESS_BLUR = 32, 1.0  # longer side of the compared images and blur, in pixels
@@ -136,30 +146,50 @@ class DictionarySearch:
         return start, found.poses.places[found.poses.assigned]
 
     def _choose_start(self, search: Callable[[], Tensor]) -> Tensor:
-        """Return an even ring, or what ``search`` returns [V, 3]: from which a short fit explains held-out views best.
+        """Return an even walk, or what ``search`` returns [V, 3]: from which a short fit explains held-out views best.
 
-        The search is left out if one way around explains the views much better than the other: then a ring fits.
+        The search is left out if one way around, with as many turns as fit best, explains the views much better than
+        the other: then a walk fits.
         """
         training = self.training
-        starts, errors = {}, {}
+        starts: dict[str, tuple[Tensor, float]] = {}  # directions, and turns around the object
+        errors: dict[str, float] = {}
 
-        def try_start(name: str, direction: Tensor) -> float:
-            starts[name] = direction.to(training.device)
-            poses = self._orbit_poses(starts[name]).requires_grad_()
+        def try_start(name: str, direction: Tensor, turns: float = 1.0) -> float:
+            starts[name] = direction.to(training.device), turns
+            poses = self._orbit_poses(starts[name][0]).requires_grad_()
             fitted = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
             errors[name] = training.cross_fit(f"start {name} half ", fitted.poses().detach(), self.scene).cross
             return errors[name]
 
+        def try_walk(way: Way, elevation: float, turns: float) -> float:
+            name = f"{way} {elevation:g}" + (f" turns {turns:.3g}" if turns != 1 else "")
+            return try_start(name, ring_directions(self.scene, way, elevation, turns), turns)
+
         first, *others = RING_ELEVATIONS
-        left, right = (try_start(f"{way} {first:g}", ring_directions(self.scene, way, first)) for way in WAYS)
-        way = WAYS[0] if left <= right else WAYS[1]
+        turns, (one, other) = 1.0, WAYS
+        better, worse = (try_walk(way, first, turns) for way in WAYS)
+        if worse < better:
+            one, other, better, worse = other, one, worse, better
+        tried = {turns: better} | {number: try_walk(one, first, number) for number in other_turns(self.scene)}
+        turns = min(tried, key=lambda number: tried[number])
+        if turns != 1:
+            better, worse = tried[turns], try_walk(other, first, turns)
+            one, better, worse = (other, worse, better) if worse < better else (one, better, worse)
         for elevation in others:
-            try_start(f"{way} {elevation:g}", ring_directions(self.scene, way, elevation))
-        if not min(left, right) < MAX_RING_RATIO * max(left, right):
+            try_walk(one, elevation, turns)
+        if not better < MAX_RING_RATIO * worse:
             try_start("search", search())
         best = min(errors, key=lambda name: errors[name])
         training.log_once("starts", held_out_cross=errors, best=best)
-        return starts[best]
+        direction, turns = starts[best]
+        training.scene = replace(training.scene, turns=turns)
+        if turns != 1 and training.progress and distributed.rank() == 0:
+            tqdm.write(
+                f"a walk of about {turns:.2g} turns around the object explains the views better than one whole turn",
+                file=sys.stderr,
+            )
+        return direction
 
     def _orbit_poses(self, position: Tensor) -> OrbitPoses:
         """Return poses of cameras in directions [V, 3] from the origin, which see it at the centre of their object."""
@@ -190,24 +220,72 @@ class DictionarySearch:
 
 def likeness_ratio(images: Tensor) -> float:
     """Return the median squared difference of consecutive images [V, 3, H, W] over that of all pairs."""
+    squared = _squared_differences(images)
+    return float(squared.diagonal(1).median() / _median_pair(squared))
+
+
+def return_lag(images: Tensor) -> int | None:
+    """Return after how many steps images [V, 3, H, W] in their order return to where they were; None if they do not.
+
+    What makes a view unlike all others (exposure, a wrong mask) is taken off: likenesses are those in excess of the
+    means of both views. The first return counts.
+    """
+    squared, count = _squared_differences(images), len(images)
+    others = ~torch.eye(count, dtype=torch.bool, device=squared.device)
+    mean = squared.sum(1) / (count - 1)
+    excess = squared - mean[:, None] - mean + mean.mean()
+    pairs = torch.arange(count - 1, 0, -1).to(excess)
+    sums = torch.stack([(excess * others).diagonal(lag).sum() for lag in range(1, count)])
+    reach = max(1, round(RETURN_SHARE * count))
+    kernel = torch.ones(1, 1, 2 * reach + 1).to(sums)
+    total, weight = (F.conv1d(x[None, None], kernel, padding=reach)[0, 0] for x in (sums, pairs))
+    profile = (total / weight).tolist()
+    limit, away, best = MAX_RETURN_RATIO * profile[0], False, None
+    for lag, value in enumerate(profile, 1):
+        away = away or value > 0
+        if away and value < limit:
+            best = lag if best is None or value < profile[best - 1] else best
+        elif best is not None:
+            break
+    return best
+
+
+def _squared_differences(images: Tensor) -> Tensor:
     size = target_size(min(LIKENESS_SIDE, max(images.shape[2:])), *images.shape[2:])
     small = gaussian_blur(resize_area(images, *size), LIKENESS_BLUR).flatten(1)
-    squared = torch.cdist(small, small).square()
-    pairs = squared[~torch.eye(len(small), dtype=torch.bool, device=small.device)]
-    return float(squared.diagonal(1).median() / pairs.median().clamp_min(1e-9))
+    return torch.cdist(small, small).square()
+
+
+def _median_pair(squared: Tensor) -> Tensor:
+    others = ~torch.eye(len(squared), dtype=torch.bool, device=squared.device)
+    return squared[others].median().clamp_min(1e-9)
 
 
 def find_order(scene: Scene) -> Order | None:
     """Return in which order the views of an object follow one another: consecutive ones are more alike than others."""
     if len(scene.images) < MIN_ORDERED_VIEWS:
         return None
-    images = scene.images
-    if scene.foreground is not None:
-        images = recentre_scene(scene, foreground_offsets(scene.foreground)).images
+    images = _centred_images(scene)
     if likeness_ratio(images[order_of_names(scene.names)]) < MAX_LIKENESS_RATIO:
         return "names"
     by_time = scene.times is not None and likeness_ratio(images[scene.times.argsort(stable=True)]) < MAX_LIKENESS_RATIO
     return "times" if by_time else None
+
+
+def other_turns(scene: Scene) -> tuple[float, ...]:
+    """Return how often, other than once, the views of an object may go around it, by their order and likeness."""
+    rows = ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None).argsort()
+    lag = return_lag(_centred_images(scene)[rows])
+    if lag is None:
+        return PARTS_OF_TURN
+    turns = len(rows) / lag
+    return (turns,) if abs(turns - 1) > WHOLE_TURN_TOLERANCE else ()
+
+
+def _centred_images(scene: Scene) -> Tensor:
+    if scene.foreground is None:
+        return scene.images
+    return recentre_scene(scene, foreground_offsets(scene.foreground)).images
 
 
 def ring_azimuths(names: list[str], times: Tensor | None = None) -> Tensor:
@@ -235,7 +313,13 @@ def order_of_names(names: list[str]) -> list[int]:
     return natural_order(names) if names == sorted(names) else list(range(len(names)))
 
 
-def ring_directions(scene: Scene, way: Way, elevation: float) -> Tensor:
-    """Return directions [V, 3] of an even ring at an elevation in degrees; "left" is counter-clockwise from above."""
-    azimuths = ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None)
+def ring_directions(scene: Scene, way: Way, elevation: float, turns: float = 1.0) -> Tensor:
+    """Return directions [V, 3] of an even walk of some turns around the object.
+
+    Args:
+        way: "left" is counter-clockwise from above.
+        elevation: in degrees.
+        turns: around the object.
+    """
+    azimuths = turns * ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None)
     return direction_vectors(azimuths if way == "left" else -azimuths, torch.full_like(azimuths, elevation))
