@@ -207,6 +207,9 @@ def check_scene_description(scene: Any) -> dict[str, Any]:
     distance, size = scene.get("distance"), scene.get("size")
     if not isinstance(distance, (int, float)) or not 0 < distance < math.inf:
         raise ValueError(f"the scene's distance={distance!r:.80} is not a positive number")
+    distortion = scene.get("distortion", 0.0)
+    if not isinstance(distortion, (int, float)) or not math.isfinite(distortion):
+        raise ValueError(f"the scene's distortion={distortion!r:.80} is not a number")
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**15 for side in size)):
         raise ValueError(f"the scene's size={size!r:.80} is not a height and a width")
     return scene
