@@ -27,6 +27,7 @@ from factorkit.report.content import Check, log_checks
 
 MIN_AZIMUTH_SPREAD = 0.5  # 0 (all equal) to 1 (all around): uniform over 240 degrees is 0.6, over 180 degrees 0.4
 MIN_SECTOR_USE = 0.6  # share of the circle's sectors with cameras
+MIN_KEPT_SPREAD = 0.5  # share of both that cameras by structure from motion must keep: refinement moves them by little
 VIEWS_PER_SECTOR, MAX_SECTORS = 6, 12
 MIN_CANDIDATE_USE = 0.2  # effective number of candidates in use over their number
 MAX_UNEXPLAINED = 0.25  # of the views' variance; correct runs have 0.003 to 0.11, wrong ones 0.37 and more
@@ -138,6 +139,8 @@ def scene_alarms(
         exact: whether poses are continuous; on a grid of positions a large error is no failure.
     """
     error = unexplained_variance(field, scene, poses, config.samples_per_ray)
+    is_registered = config.search == "sfm" and scene.initial_poses is not None
+    start = scene.poses if config.poses == "known" else scene.initial_poses if is_registered else None
     alarms = pose_alarms(
         poses,
         candidates,
@@ -149,6 +152,7 @@ def scene_alarms(
         true=scene.poses,
         settled=settled,
         turns=scene.turns,
+        start=start,
     )
     return {"error": error, **alarms}
 
@@ -165,6 +169,7 @@ def pose_alarms(
     true: Tensor | None = None,
     settled: bool = True,
     turns: float = 1.0,
+    start: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the alarms of cameras around an object: numbers, "checks", and "failures", a sentence an alarm.
 
@@ -178,15 +183,23 @@ def pose_alarms(
         true: true poses [V, 4, 4], if known; they never cause a failure.
         settled: whether the search is past its random part; before it, scatter and error are no failures.
         turns: around the object that the views were taken on; cameras on a part of a turn stand on one side.
+        start: poses [V, 4, 4] that were given, or found by structure from motion: these may be on one side, and only
+            cameras that are nearer to one another than there have collapsed. None: a search around the object.
     """
     alarms: dict[str, Any] = {"azimuth_spread": azimuth_spread(poses), "sector_use": sector_use(poses)}
     spread, sectors = alarms["azimuth_spread"], alarms["sector_use"]
-    one_side = spread < MIN_AZIMUTH_SPREAD
+    min_spread, min_sectors = MIN_AZIMUTH_SPREAD, MIN_SECTOR_USE
+    if start is not None and torch.equal(start, poses):
+        min_spread = min_sectors = -math.inf  # given cameras stay where they are: measured only
+    elif start is not None:
+        min_spread = min(min_spread, MIN_KEPT_SPREAD * azimuth_spread(start))
+        min_sectors = min(min_sectors, MIN_KEPT_SPREAD * sector_use(start))
+    one_side = spread < min_spread
     text = f"collapse: all cameras are on one side (azimuth spread {spread:.2f} of 1)"
-    checks = [Check("azimuth spread", spread, low=MIN_AZIMUTH_SPREAD, failures=(text,) if one_side else ())]
+    checks = [Check("azimuth spread", spread, low=min_spread, failures=(text,) if one_side else ())]
     text = f"collapse: cameras are at a few places (sectors in use {sectors:.2f} of 1)"
-    few_places = sectors < MIN_SECTOR_USE and not one_side
-    checks.append(Check("sectors in use", sectors, low=MIN_SECTOR_USE, failures=(text,) if few_places else ()))
+    few_places = sectors < min_sectors and not one_side
+    checks.append(Check("sectors in use", sectors, low=min_sectors, failures=(text,) if few_places else ()))
     if turns < 1:
         reason = f"since the views were taken on {turns:g} of a turn"
         checks = [Check(check.name, not_run=reason) for check in checks]

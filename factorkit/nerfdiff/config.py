@@ -58,13 +58,14 @@ class NerfdiffConfig(EngineConfig):
     """Number of directions on each elevation of the search dictionary. 24 directions are 15 degrees apart."""
     num_elevations: int = 4
     """Number of elevations in the search dictionary, evenly spaced over elevation_range."""
-    optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
+    optimize_camera: tuple[Literal["roll", "aim", "distance", "focal", "distortion"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
     origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
-    an object keeps its size. () assumes upright cameras that look at the origin from one distance. None, the default,
-    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre or of changing size, and
-    "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise (). With "aim" the search compares views
-    that are recentred by their foreground."""
+    an object keeps its size. () assumes upright cameras that look at the origin from one distance. "distortion" is one
+    radial term of all lenses beyond that of structure from motion (search="sfm", without cameras in the data). None,
+    the default, is ("aim", "distance", "roll") if masks or a plain background show an object off the centre or of
+    changing size, and "focal" if neither cameras, EXIF nor fov= give the focal length, or if structure from motion
+    found it; otherwise (). With "aim" the search compares views that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
     """Whether the views were taken in the order of their names, or if these do not order them of the times in their
     EXIF data, on a walk around the object. "yes": even walks are tried as starts too, of one turn and unless the last
@@ -190,9 +191,9 @@ class NerfdiffConfig(EngineConfig):
             if options and getattr(self, field.name) not in options:
                 value = getattr(self, field.name)
                 raise ConfigError(f"{field.name}={value!r} is unknown; choose one of {', '.join(options)}")
-        unknown = set(self.optimize_camera or ()) - {*POSE_PARAMETERS, "focal"}
+        unknown = set(self.optimize_camera or ()) - {*POSE_PARAMETERS, *SHARED_PARAMETERS}
         if unknown:
-            known = ", ".join([*POSE_PARAMETERS, "focal"])
+            known = ", ".join([*POSE_PARAMETERS, *SHARED_PARAMETERS])
             raise ConfigError(
                 f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {known}"
             )
@@ -258,6 +259,7 @@ class NerfdiffConfig(EngineConfig):
         return self.with_field(field, unbounded, stored)
 
 
+SHARED_PARAMETERS = ("focal", "distortion")  # of optimize_camera, one value for all views
 NUM_HEADS = 4  # of the transformer
 #: settings of one encoder alone
 ENCODER_SETTINGS = {

@@ -91,7 +91,9 @@ def check_epipolar(views: Sequence[ExportView], poses: Tensor, progress: bool = 
     return judge_matches(match_views(views, progress), poses, [view.name for view in views])
 
 
-def add_epipolar_check(folder: Path, step: int, views: Views, intrinsics: Tensor, poses: Tensor) -> None:
+def add_epipolar_check(
+    folder: Path, step: int, views: Views, intrinsics: Tensor, poses: Tensor, distortion: float = 0.0
+) -> None:
     """Check the cameras of a finished training by its views, and add the result to its alarms, once.
 
     Args:
@@ -100,6 +102,7 @@ def add_epipolar_check(folder: Path, step: int, views: Views, intrinsics: Tensor
         views: the training views, at the resolution of the training.
         intrinsics: [3, 3] of the run in units of width and height.
         poses: camera-to-world [V, 4, 4].
+        distortion: radial term of the lens that the run found.
     """
     if any(check.get("name") == EPIPOLAR_CHECK for check in read_checks(read_log(folder))):
         return
@@ -107,7 +110,8 @@ def add_epipolar_check(folder: Path, step: int, views: Views, intrinsics: Tensor
         reason = f"since the views are trained on at fewer than {MIN_SIDE} pixels (evaluate --epipolar reads the files)"
         check = Check(EPIPOLAR_CHECK, not_run=reason)
     else:
-        check = check_epipolar(Originals(views, None, None, None).list_images(intrinsics), poses).check
+        images = Originals(views, None, None, None).list_images(intrinsics, distortion)
+        check = check_epipolar(images, poses).check
     record_check(folder, step, check)
     for failure in check.failures:
         print(failure, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from factorkit.utils.errors import ConfigError
 
 NDC_MARGIN = 1.3  # lateral size of a forward-facing scene's box, relative to the mean camera's view
 MAX_SAMPLES_PER_CHUNK = 1 << 20  # evaluated at once without gradient
+RADIAL_ITERATIONS = 4  # of Newton's method, which squares the error of a few percent each time
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def render_pixels(
     views: Tensor | None = None,
     first_ray: int = 0,
     intrinsics: Tensor | None = None,
+    straighten: Callable[[Tensor], Tensor] | None = None,
 ) -> Rendered:
     """Render some pixels with gradient: colour [B, R, 3], depth and opacity [B, R].
 
@@ -160,6 +162,8 @@ def render_pixels(
         views: indices [B] of the training views whose appearance to apply; None: the mean appearance.
         first_ray: number of the first ray among those of all processes and micro-batches; it selects the jitter.
         intrinsics: of each pose, [B, 3, 3], in units of width and height; None: those of the camera model.
+        straighten: from image points [B, R, 2] to those of images without distortion; None: there is none, as always
+            where whole images are drawn.
     """
     height, width = size
     if isinstance(field, ImageField):
@@ -169,12 +173,31 @@ def render_pixels(
         depth, opacity = (x.flatten(1).gather(1, pixels) for x in (image.depth, image.opacity))
         rendered = image._replace(color=color, depth=depth, opacity=opacity)
         return rendered._replace(color=apply_appearance(field, rendered, camera, views))
-    points = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
-    rays = pixel_rays(poses, camera.pixel_intrinsics(height, width, intrinsics), points.to(poses.dtype))
+    points = (torch.stack([pixels % width, pixels // width], dim=-1) + 0.5).to(poses.dtype)
+    points = points if straighten is None else straighten(points)
+    rays = pixel_rays(poses, camera.pixel_intrinsics(height, width, intrinsics), points)
     background = background_colors(field, rays.directions, camera)
     sampling = build_sampling(field, samples, camera.forward_facing)
     rendered = render(field, camera.to_ndc(rays, size), sampling, background=background, seed=seed, first_ray=first_ray)
     return rendered._replace(color=apply_appearance(field, rendered, camera, views))
+
+
+def straighten_points(points: Tensor, intrinsics: Tensor, term: Tensor) -> Tensor:
+    """Return where image points [..., P, 2] would be without a radial term of the lens; differentiable.
+
+    A point x, in units of the focal length from the principal point, is seen at x (1 + term |x|^2).
+
+    Args:
+        intrinsics: [..., 3, 3] in pixels.
+        term: of r^2.
+    """
+    focal, centre = intrinsics.diagonal(dim1=-2, dim2=-1)[..., None, :2], intrinsics[..., None, :2, 2]
+    seen = (points - centre) / focal
+    amount = term * seen.square().sum(-1, keepdim=True)
+    factor = torch.ones_like(amount)
+    for _ in range(RADIAL_ITERATIONS):  # factor (1 + amount factor^2) = 1
+        factor = factor - (factor + amount * factor**3 - 1) / (1 + 3 * amount * factor**2)
+    return seen * factor * focal + centre
 
 
 @torch.no_grad()

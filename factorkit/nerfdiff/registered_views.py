@@ -53,8 +53,9 @@ def open_registered_views(
         resolution: pixels of the longer side.
 
     Returns:
-        The views with the poses of the model, in the coordinates and layout that COLMAP models are read in; and the
-        poses of the data for the same views, or None.
+        The views with the poses of the model, in the coordinates and layout that COLMAP models are read in, and without
+        ``has_focal`` if structure from motion found their lenses too; and the poses of the data for the same views, or
+        None.
 
     Raises:
         DataError: the cameras are all in one place, or look at nothing in common.
@@ -73,6 +74,7 @@ def open_registered_views(
         points=model.points,
         resolution=resolution,
     )
+    views = replace(views, has_focal=all(view.pose is not None for view in listed.views))
     return views, _given_poses(listed.views, listed.arrangement, model)
 
 

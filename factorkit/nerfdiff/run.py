@@ -25,7 +25,7 @@ from factorkit.nerfdiff.loaded_scene import LoadedScene
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.registered_views import LocalisedViews, load_localised
-from factorkit.nerfdiff.scene import shared_camera
+from factorkit.nerfdiff.scene import shared_camera, straighten_views
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError, first_mismatch
@@ -124,11 +124,22 @@ class NerfdiffRun(LoadedScene, TrainedRun):
             own = shared_camera(stored).with_intrinsics(camera.intrinsics).of_views()
         intrinsics = camera.pixel_intrinsics(*self.model.size, own).expand(len(self.poses), 3, 3)
         if stored is not None:
+            stored = straighten_views(stored, self.distortion)
             return replace(stored, poses=self.poses, intrinsics=intrinsics)
         images = self.render(self.poses).images
         names = [f"view_{i:04d}" for i in range(len(images))]
         background = None if self.model.field.background is not None else self.model.background.cpu()
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
+
+    @property
+    def distortion(self) -> float:
+        """Radial term of the lens that the run found beyond that of the data, in units of the data's focal length."""
+        return float(self.scene.get("distortion", 0.0))
+
+    @property
+    def camera_changes(self) -> tuple[Tensor, float]:
+        """The intrinsics [3, 3] in units of width and height, and :attr:`distortion`, for images of the data."""
+        return self.model.camera.intrinsics.cpu(), self.distortion
 
     @property
     def localised(self) -> LocalisedViews:
@@ -162,7 +173,7 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         if kind in CAMERA_KINDS or options.get("coordinates") == "given":
             originals = find_originals(self.folder, data)
             if originals is not None and kind in CAMERA_KINDS:
-                options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
+                options["images"] = originals.list_images(*self.camera_changes)
                 if len(options["images"]) > len(views):
                     options["localised"] = self.localised.poses
             options["to_given"] = None if originals is None else originals.align(self.poses)
@@ -211,7 +222,7 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         originals, folder = find_originals(self.folder, data), self.folder
         if originals is None or folder is None:
             raise ConfigError("the epipolar check needs a run folder: a single file does not name its training views")
-        result = check_epipolar(originals.list_images(self.model.camera.intrinsics.cpu()), self.poses, progress)
+        result = check_epipolar(originals.list_images(*self.camera_changes), self.poses, progress)
         distributed.run_on_first(lambda: record_check(folder, self.step, result.check))
         return result
 

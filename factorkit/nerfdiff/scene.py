@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import SceneLayout, Views
+from factorkit.data.views.cameras import Distortion, undistort
+from factorkit.data.views.views import LOSS_MASK_THRESHOLD, SceneLayout, Views
 from factorkit.nerfdiff.box import Foreground, choose_scale, find_foreground
 from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses, rms_spread
 from factorkit.nerfdiff.cameras.poses import framing_distance
@@ -153,6 +154,56 @@ def with_intrinsics(scene: Scene, intrinsics: Tensor) -> Scene:
         own = own + torch.diag_embed(own.diagonal(dim1=1, dim2=2) * change)
         foreground = replace(foreground, intrinsics=own)
     return replace(scene, camera=scene.camera.with_intrinsics(intrinsics), foreground=foreground)
+
+
+def straighten_scene(scene: Scene, term: float) -> Scene:
+    """Return the scene with its views resampled without a radial term of their lens; see :func:`straighten_images`."""
+    camera, foreground = scene.camera, scene.foreground
+    shared = camera.pixel_intrinsics(*scene.size).expand(len(scene.images), 3, 3)
+    own = camera.pixel_intrinsics(*scene.size, camera.of_views()).expand(len(scene.images), 3, 3)
+    reframed = scene.reframed_images
+    if foreground is not None:
+        parts = (x[:, None].float() for x in (foreground.masks, foreground.scored))
+        masks, scored = (straighten_images(x, foreground.intrinsics, term)[:, 0] for x in parts)
+        foreground = replace(foreground, masks=masks > 0.5, scored=scored > LOSS_MASK_THRESHOLD)
+    return replace(
+        scene,
+        images=straighten_images(scene.images, own, term),
+        masks=None if scene.masks is None else straighten_images(scene.masks, own, term),
+        loss_masks=_straighten_loss_masks(scene.loss_masks, own, term),
+        reframed_images=None if reframed is None else straighten_images(reframed, shared, term),
+        foreground=foreground,
+    )
+
+
+def straighten_views(views: Views, term: float) -> Views:
+    """Return views resampled without a radial term of their lens; see :func:`straighten_images`."""
+    if not term:
+        return views
+    return replace(
+        views,
+        images=straighten_images(views.images, views.intrinsics, term),
+        masks=None if views.masks is None else straighten_images(views.masks, views.intrinsics, term),
+        loss_masks=_straighten_loss_masks(views.loss_masks, views.intrinsics, term),
+    )
+
+
+def _straighten_loss_masks(loss_masks: Tensor | None, intrinsics: Tensor, term: float) -> Tensor | None:
+    if loss_masks is None:
+        return None
+    return (straighten_images(loss_masks, intrinsics, term) > LOSS_MASK_THRESHOLD).float()
+
+
+def straighten_images(images: Tensor, intrinsics: Tensor, term: float) -> Tensor:
+    """Resample images [V, C, H, W], which show a point x at x (1 + term |x|^2), as a pinhole camera sees them.
+
+    Args:
+        intrinsics: [V, 3, 3] in pixels.
+    """
+    lens = Distortion(term)
+    return torch.stack(
+        [undistort(x, k.cpu().double().numpy(), lens)[0] for x, k in zip(images, intrinsics, strict=True)]
+    )
 
 
 def _fit_box(

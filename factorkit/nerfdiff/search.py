@@ -22,11 +22,12 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
 from factorkit.nerfdiff.scene import MIN_SCENE_VIEWS, Scene, choose_unbounded
-from factorkit.nerfdiff.search_record import FILE, SearchRecord, Trial, exchange, judge_run, load_record
+from factorkit.nerfdiff.search_record import SearchRecord, Trial, exchange, judge_run, load_record
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
 from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.sfm import SfmResult, find_cameras
+from factorkit.nerfdiff.training_views import SEARCH_FILE, complete_settings
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
 
@@ -102,7 +103,7 @@ def choose_search(request: RunRequest) -> PoseSearch:
     name, reason = distributed.run_on_first(lambda: decide(request.data, request.reading))
     note = f'search="{name}": {reason}.'
     if name == "sfm":
-        found, trial = _try_sfm(request, claimed(request.folder, request.settings, config.RESUMABLE), note)
+        found, trial = _try_sfm(request, _claimed_without_scene(request), note)
         if found is not None:
             return found
         distributed.run_on_first(lambda: record.add(trial).save(request.folder))
@@ -124,7 +125,7 @@ def choose_next_search(request: RunRequest, search: PoseSearch) -> tuple[PoseSea
     if request.config.search != "auto" or request.config.poses != "predicted":
         return None, []
     folder, name = request.folder, search.config.search
-    if not distributed.run_on_first((folder / FILE).is_file):
+    if not distributed.run_on_first((folder / SEARCH_FILE).is_file):
         return None, []
     record, trial = distributed.run_on_first(lambda: (load_record(folder), judge_run(folder, name)))
     record, notes = record.add(trial), tuple[str, ...]()
@@ -222,17 +223,25 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
     """
     folder, config = request.folder, _sfm_config(request.config)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
+        if config.optimize_camera is None:
+            config = replace(config, optimize_camera=tuple(stored["optimize_camera"] or ()))
         requested = {**request.settings, **config.with_choices(stored).to_dict(), "scene": stored["scene"]}
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
-        place = locked(folder)
+        place: AbstractContextManager[object] = locked(folder)
     else:
-        place = claimed(folder, request.settings, config.RESUMABLE)
+        place = _claimed_without_scene(request)
     with distributed.enter_on_first(place):
         result = distributed.run_on_first(lambda: _register(request))
     notes = tuple(result.describe())
     if result.model is None:
         raise DataError(f'{notes[-1]} Give more overlapping images, or search="dictionary" (--search)')
     return PoseSearch(config, result.model, notes)
+
+
+def _claimed_without_scene(request: RunRequest) -> AbstractContextManager[object]:
+    """Claim a folder before its views are known; one that an earlier call claimed in vain is free."""
+    complete = partial(complete_settings, folder=request.folder, requested=request.settings)
+    return claimed(request.folder, request.settings, request.config.RESUMABLE, complete=complete)
 
 
 def _try_sfm(
@@ -268,7 +277,7 @@ def _try_sfm(
 def _sfm_config(config: NerfdiffConfig) -> NerfdiffConfig:
     """Return the configuration of a run by structure from motion; what only the dictionary has is off."""
     ordered = "no" if config.ordered == "auto" else config.ordered
-    return replace(_with_search(config, "sfm"), optimize_camera=config.optimize_camera or (), ordered=ordered)
+    return replace(_with_search(config, "sfm"), ordered=ordered)
 
 
 def _register(request: RunRequest) -> SfmResult:

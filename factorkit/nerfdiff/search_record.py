@@ -11,11 +11,11 @@ from typing import Any
 from factorkit.engine.run_folder import CONFIG, read_object, read_settings, write_json
 from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK
 from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER
+from factorkit.nerfdiff.training_views import SEARCH_FILE
 from factorkit.nerfdiff.verdict import log_lines
 from factorkit.report.content import describe_check, judged_alarms, read_checks
 from factorkit.utils.files import read_log
 
-FILE = "search.json"
 REJECTED_FOLDER = "rejected"  # in a run folder, for the trainings of rejected searches
 #: cameras of structure from motion are where the photos were taken, be it on one side; those of the dictionary collapse
 SPREAD_CHECKS = frozenset({"azimuth spread", "sectors in use"})
@@ -86,7 +86,7 @@ class SearchRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record into a run folder; raises CheckpointError if that fails."""
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / SEARCH_FILE, asdict(self))
 
     def store(self, folder: Path, kept: str, notes: tuple[str, ...] = ()) -> list[str]:
         """Save the record, and write it once into the log of the run, for its report; return it as sentences."""
@@ -106,9 +106,9 @@ def load_record(folder: Path) -> SearchRecord:
     Raises:
         CheckpointError: the file is damaged.
     """
-    if not (folder / FILE).is_file():
+    if not (folder / SEARCH_FILE).is_file():
         return SearchRecord()
-    values = read_object(folder / FILE)
+    values = read_object(folder / SEARCH_FILE)
     return SearchRecord(tuple(Trial(**trial) for trial in values["trials"]), values["next"])
 
 
@@ -155,7 +155,7 @@ def _move_training(source: Path, target: Path) -> None:
 
 def list_training(folder: Path) -> Iterator[Path]:
     """Yield what a training left in a run folder, but for its settings and what structure from motion found."""
-    others = (CONFIG, FILE, REJECTED_FOLDER, "stages", SFM_FOLDER.name)
+    others = (CONFIG, SEARCH_FILE, REJECTED_FOLDER, "stages", SFM_FOLDER.name)
     for path in (*folder.iterdir(), *folder.glob("stages/*")):
         if path.name not in others and not path.name.startswith("."):
             yield path

@@ -24,6 +24,7 @@ from factorkit.nerfdiff.epipolar_check import add_epipolar_check
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
+from factorkit.nerfdiff.report_views import save_own_size_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import MIN_SCENE_VIEWS, Scene, choose_unbounded, open_scene, require_poses
 from factorkit.nerfdiff.search import (
@@ -110,8 +111,13 @@ def train_nerfdiff(
             distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
             Training(config, scene, folder, settings, progress).run()
             run = NerfdiffRun.load(folder, device=device)
-            intrinsics = run.model.camera.intrinsics.cpu()
-            distributed.run_on_first(lambda: add_epipolar_check(folder, run.step, views, intrinsics, run.poses))
+            intrinsics, distortion = run.camera_changes
+            distributed.run_on_first(
+                lambda: add_epipolar_check(folder, run.step, views, intrinsics, run.poses, distortion)
+            )
+            shown = distributed.run_on_first(lambda: save_own_size_views(run, folder, data))
+            if shown and progress:
+                print_notes([shown])
             if search.model is not None:
                 localised = localise_unregistered(run, run.step, run.views, folder, source, reading)
                 distributed.run_on_first(lambda: report_registration(folder, localised))
@@ -258,7 +264,7 @@ def choose_capture_settings(
         by_hand = searched and config.candidate_type == "look_at" and is_unevenly_framed(scene)
         parameters = (
             *(("aim", "distance", "roll") if by_hand else ()),
-            *(("focal",) if searched and not scene.has_focal else ()),
+            *(("focal",) if (searched and not scene.has_focal) or has_found_lenses(config, scene) else ()),
         )
     if ordered == "auto" and "scene" in stored:
         ordered = stored.get("ordered", "no")
@@ -269,6 +275,11 @@ def choose_capture_settings(
     if "scene" not in stored:
         config = config.with_field("gaussians" if config.field == "auto" else config.field, unbounded)
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
+
+
+def has_found_lenses(config: NerfdiffConfig, scene: Scene) -> bool:
+    """Return whether focal length and distortion of the views were found by structure from motion."""
+    return config.poses == "predicted" and config.search == "sfm" and not scene.has_focal
 
 
 def is_object_search(config: NerfdiffConfig, scene: Scene) -> bool:
@@ -295,7 +306,14 @@ def list_notes(
             "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
             '(optimize_camera has "aim"; --optimize-camera changes it).'
         )
-    if not scene.has_focal and "focal" in (config.optimize_camera or ()):
+    freed = [name for name in ("focal", "distortion") if name in (config.optimize_camera or ())]
+    if freed and has_found_lenses(config, scene):
+        names = " and ".join({"focal": "focal length", "distortion": "radial distortion"}[name] for name in freed)
+        notes.append(
+            f"The {names} found by structure from motion {'is' if len(freed) == 1 else 'are'} refined with the field "
+            f"(optimize_camera has {' and '.join(map(repr, freed))})."
+        )
+    elif not scene.has_focal and "focal" in freed:
         notes.append(
             "The focal length is a guess, since neither cameras, EXIF nor fov= (--fov) give it, and is optimised "
             '(optimize_camera has "focal").'
@@ -356,6 +374,11 @@ def _prepare(
         raise ConfigError(
             f"optimize_camera={config.optimize_camera}: forward-facing cameras are optimised in all six degrees of "
             'freedom already; give "focal" or nothing'
+        )
+    if "distortion" in (config.optimize_camera or ()) and not has_found_lenses(config, scene):
+        raise ConfigError(
+            f'optimize_camera={config.optimize_camera}: "distortion" refines the lens that structure from motion found '
+            '(search="sfm", of images without cameras); leave it out'
         )
     scene_settings = describe_scene(scene, views, known_poses)
     if search.model is not None:  # the poses of the data, in other coordinates, serve for scoring only

@@ -21,6 +21,7 @@ from factorkit.utils.errors import CheckpointError
 from factorkit.utils.files import read_arrays, replacing
 
 FILE_NAME = "views.npz"
+SEARCH_FILE = "search.json"  # the record of the searches that were tried in a run folder
 OPTIONAL = ("poses", "background", "loss_masks", "content_sizes")
 DESCRIBED_DIGITS = 5  # of intrinsics, relative to the image's sides, and of colours
 
@@ -173,13 +174,16 @@ def describe_cameras(views: Views, known_poses: bool) -> dict[str, Any]:
 def complete_settings(settings: dict[str, Any], folder: Path, requested: dict[str, Any]) -> dict[str, Any]:
     """Add to stored settings of an earlier version what they lack: ``ordered``, and the cameras.
 
-    These come from the stored views, or from the ``requested`` settings if there are none.
+    These come from the stored views, or from the ``requested`` settings if there are none. A folder that was claimed
+    for structure from motion, but has no scene yet, is free for any other settings: it holds no training.
     """
     settings = {"ordered": "no", **settings}
     scene = settings.get("scene")
-    if scene is None:  # claimed before structure from motion
+    if scene is None and not (folder / SEARCH_FILE).is_file():
+        return requested
+    if scene is None:  # in the middle of a change from one search to another
         chosen = ("scene", "search", "ordered", "optimize_camera", "unbounded", "field", *SIZES)
-        return settings | {name: requested[name] for name in chosen}
+        return settings | {name: requested[name] for name in chosen if name in requested}
     if not isinstance(scene, dict) or "intrinsics" in scene:
         return settings
     stored = None
@@ -203,6 +207,9 @@ def check_scene_description(scene: Any) -> dict[str, Any]:
     distance, size = scene.get("distance"), scene.get("size")
     if not isinstance(distance, (int, float)) or not 0 < distance < math.inf:
         raise ValueError(f"the scene's distance={distance!r:.80} is not a positive number")
+    distortion = scene.get("distortion", 0.0)
+    if not isinstance(distortion, (int, float)) or not math.isfinite(distortion):
+        raise ValueError(f"the scene's distortion={distortion!r:.80} is not a number")
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**15 for side in size)):
         raise ValueError(f"the scene's size={size!r:.80} is not a height and a width")
     return scene

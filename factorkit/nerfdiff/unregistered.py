@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from factorkit.data.views.cameras import refine_lens
 from factorkit.data.views.colmap import read_model
-from factorkit.data.views.loading import load_views
+from factorkit.data.views.loading import load_views as load_image_views
 from factorkit.data.views.open import list_views, open_views
 from factorkit.data.views.views import Views
 from factorkit.engine.run_folder import read_object, write_json
@@ -22,8 +24,9 @@ from factorkit.nerfdiff.registered_views import (
     list_unregistered,
     load_localised,
 )
-from factorkit.nerfdiff.scene import match_size
+from factorkit.nerfdiff.scene import match_size, shared_camera
 from factorkit.nerfdiff.stages.sfm import load_result
+from factorkit.nerfdiff.training_views import load_views
 from factorkit.nerfdiff.verdict import log_lines
 from factorkit.utils import distributed
 
@@ -54,9 +57,13 @@ def localise_unregistered(
 
     if (done := distributed.run_on_first(load)) is not None:
         return done
-    views = open_unregistered(data, reading, folder, max(scene.model.size))
+    views = open_unregistered(data, reading, folder, max(scene.model.size), scene.scene.get("distortion", 0.0))
     result = LocalisedViews()
     if views is not None:
+        stored = load_views(folder)
+        assert stored is not None
+        change = (scene.model.camera.intrinsics.cpu() / shared_camera(stored).intrinsics).diagonal()
+        views = replace(views, intrinsics=views.intrinsics * (torch.ones(3, 3) + torch.diag(change - 1)))
         poses = scene.predict_pose(views, check=True, refine=REFINE_STEPS).poses
         limit = MAX_ERROR_RATIO * measure_errors(scene, training, scene.poses).max()
         is_found = measure_errors(scene, views, poses) <= limit
@@ -75,14 +82,17 @@ def report_registration(folder: Path, localised: LocalisedViews) -> None:
         log_lines(folder, "sfm", [*result.describe(count), *localised.describe(count)])
 
 
-def open_unregistered(data: Any, reading: dict[str, Any], folder: Path, resolution: int) -> Views | None:
-    """Open the training images without a pose, at a resolution; None if there are none."""
+def open_unregistered(
+    data: Any, reading: dict[str, Any], folder: Path, resolution: int, distortion: float
+) -> Views | None:
+    """Open the training images without a pose, at a resolution and without the lens of the run; None if none."""
     model = read_model(folder / MODEL_FOLDER)
     if isinstance(data, Views):
         rows = [i for i, name in enumerate(data.names) if name not in model.cameras]
         return replace(open_views(data, **reading).select(rows).resize(resolution), poses=None) if rows else None
     views = list_unregistered(list_views(data, "train", resolution, **reading).views, model)
-    return load_views(views, resolution=resolution) if views else None
+    views = [replace(view, distortion=refine_lens(view.distortion, distortion, 1.0)) for view in views]
+    return load_image_views(views, resolution=resolution) if views else None
 
 
 def measure_errors(scene: LoadedScene, views: Views, poses: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def _grids_section(folder: Path, first_kinds: tuple[str, ...]) -> str:
         step, kind = (int(match["step"]), match["kind"]) if match else (-1, path.stem)
         kinds.setdefault(kind, []).append((step, path))
     blocks = []
-    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] not in first_kinds, item[0])):
+    for kind, series in sorted(kinds.items(), key=lambda item: (not item[0].startswith(first_kinds), item[0])):
         series = [(step, path) for step, path in sorted(series) if _readable(path)]
         if not series:
             continue

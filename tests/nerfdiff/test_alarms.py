@@ -21,7 +21,13 @@ from factorkit.nerfdiff.alarms import (
     unexplained_variance,
 )
 from factorkit.nerfdiff.box import Foreground
-from factorkit.nerfdiff.cameras.poses import direction_grid, direction_vectors, orbit_poses, rotate_about_z
+from factorkit.nerfdiff.cameras.poses import (
+    direction_grid,
+    direction_vectors,
+    orbit_poses,
+    rotate_about_z,
+    rotate_poses_about_z,
+)
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fields.base import Appearance
 from factorkit.nerfdiff.rays import CameraModel, render_views
@@ -91,6 +97,29 @@ def test_pose_alarms_two_opposite_clusters_are_a_collapse():
     for count in (40, 80):  # views anywhere on the circle crowd by chance, and that is no failure
         assert all(names(pose_alarms(around(360 * torch.rand(count)))) == [] for _ in range(20)), count
     assert abs(sector_use(evenly(48, 360)) - 1) < 1e-5
+
+
+def test_pose_alarms_registered_cameras_on_one_side_are_none_unless_they_collapsed():
+    arc, opposite = evenly(40, 60), around(torch.cat([torch.linspace(0, 20, 20), torch.linspace(180, 200, 20)]))
+    closer = evenly(40, 30)
+    for start in (arc, opposite):  # moved by a refinement
+        result = pose_alarms(rotate_poses_about_z(start, 0.5), start=start)
+        assert names(result) == [] and result["checks"][0]["status"] == "passed"
+    assert [check["status"] for check in pose_alarms(arc, start=arc)["checks"][:2]] == ["measured"] * 2  # given
+    assert "one side" in pose_alarms(closer, start=arc)["failures"][0]
+    assert "one side" in pose_alarms(arc, start=evenly(40, 360))["failures"][0]
+    assert (
+        "few places" in pose_alarms(around(torch.tensor([0.0, 180]).repeat(20)), start=evenly(40, 360))["failures"][0]
+    )
+
+
+@pytest.mark.parametrize(("poses", "search"), [("known", "dictionary"), ("predicted", "sfm")])
+def test_scene_alarms_given_or_registered_cameras_on_one_side_raise_none(scene, field, poses, search):
+    rows = slice(0, 10)  # 90 degrees
+    part = replace(scene, images=scene.images[rows], poses=scene.poses[rows], initial_poses=scene.poses[rows])
+    result = scene_alarms(replace(CONFIG, poses=poses, search=search), part, field, part.poses)
+    assert names(result) == [] and result["azimuth_spread"] < 0.2
+    assert names(scene_alarms(CONFIG, part, field, part.poses)) == ["collapse"]
 
 
 def test_pose_alarms_few_used_candidates_are_a_collapse():

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.engine.run_folder import write_json
+from factorkit.engine.run_folder import claimed, write_json
 from factorkit.metrics.pose import pose_errors
-from factorkit.nerfdiff import search, search_record, unregistered
+from factorkit.nerfdiff import search, search_record, train, unregistered
 from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER, LocalisedViews
 from factorkit.nerfdiff.search import Trial
 from factorkit.nerfdiff.stages.sfm import MODEL, RESULT, SfmResult
 from factorkit.nerfdiff.train import estimate, train_nerfdiff
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo, render_turned
 
 pytest.importorskip("pycolmap", reason="the extra `sfm`")
@@ -134,6 +134,48 @@ def test_train_sfm_photos_turned_on_the_spot_stop_before_the_training(tmp_path, 
     with pytest.raises(DataError, match=r"registered none of 7 images: the camera turned on the spot.* no parallax"):
         train_nerfdiff(tmp_path / "photos", out=tmp_path / "run", **{**settings, "search": "sfm", "fov": fov})
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["on the spot", "no pycolmap", "too few", "other settings"])
+@pytest.mark.parametrize("name", ["auto", "dictionary", "sfm"])
+def test_train_refused_sfm_leaves_the_folder_free_for_other_settings(
+    tmp_path, photos, settings, monkeypatch, obstacle, name
+):
+    class StoppedError(Exception):
+        pass
+
+    def refuse(images, folder, ordered, progress):
+        if obstacle == "no pycolmap":
+            raise ConfigError("pycolmap is missing")
+        return SfmResult((), tuple(image.name for image in images), None, "there is no parallax")
+
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.new("RGB", (32, 24)).save(few / "0.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "find_cameras", refuse)
+        data = few if obstacle == "too few" else photos
+        with pytest.raises((DataError, ConfigError)):
+            train_nerfdiff(data, out=tmp_path / "run", **{**settings, "search": "sfm"})
+    assert (tmp_path / "run" / "config.json").is_file()
+
+    def stop(*args):
+        raise StoppedError
+
+    monkeypatch.setattr(search, "decide", lambda data, reading: ("sfm", "it is the first here"))
+    monkeypatch.setattr(search, "find_cameras", stop)
+    monkeypatch.setattr(train, "Training", stop)
+    changes = {"resolution": 12} if obstacle == "other settings" else {}
+    with pytest.raises(StoppedError):  # it began
+        train_nerfdiff(photos, out=tmp_path / "run", **{**settings, "search": name, **changes})
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["search"] == name and stored["resolution"] == (12 if changes else 16)
+    assert ("scene" in stored) == (name == "dictionary")
+    with (
+        pytest.raises(CheckpointError, match="not of segdiff"),
+        claimed(tmp_path / "run", {"model": "segdiff"}, frozenset()),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("ordered", "expected"), [("auto", False), ("no", False), ("yes", True)])

@@ -139,6 +139,31 @@ class FisheyeDistortion:
 Lens = Distortion | FisheyeDistortion
 
 
+def refine_lens(lens: Lens | None, term: float, focal: float) -> Lens | None:
+    """Return a lens behind a residual radial term, for another focal length.
+
+    Args:
+        lens: of the image; if ``term`` is not 0, none or one with k1 alone.
+        term: x (1 + term r^2) is where the image without ``lens`` shows x, in units of the first focal length.
+        focal: new focal length over the first one, whose units the result has.
+    """
+    if isinstance(lens, FisheyeDistortion) or (lens is None and not term):
+        return lens
+    lens = lens or Distortion()
+    if term:  # the term of r^8, term^3 k1, is left out: COLMAP has none
+        lens = Distortion(term + lens.k1, 3 * term * lens.k1, 3 * term**2 * lens.k1)
+    square, (a, b, c) = focal**2, lens.denominator
+    return Distortion(
+        lens.k1 * square,
+        lens.k2 * square**2,
+        lens.k3 * square**3,
+        lens.p1 * focal,
+        lens.p2 * focal,
+        lens.k4 * square**4,
+        (a * square, b * square**2, c * square**3),
+    )
+
+
 def undistort(image: Tensor, k: np.ndarray, distortion: Lens) -> tuple[Tensor, Tensor]:
     """Resample an image [C, H, W] as a pinhole camera with the same K [3, 3] sees it.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from factorkit.data.views.cameras import refine_lens
 from factorkit.data.views.colmap import read_model
 from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
@@ -54,20 +55,24 @@ class Originals:
     is_named: bool = False
     localised: Sequence[LazyView] = ()
 
-    def list_images(self, intrinsics: Tensor) -> list[ExportView]:
+    def list_images(
+        self, intrinsics: Tensor, distortion: float = 0.0, rows: Sequence[int] | None = None
+    ) -> list[ExportView]:
         """List the images at full size, then the localised ones; those of the training if they are not found.
 
         A warning says that they have the size of the training then.
 
         Args:
             intrinsics: [3, 3] of the run in units of width and height: focal lengths that it optimised are kept.
+            distortion: radial term of the lens that the run found beyond that of the data.
+            rows: of the images to list, without the localised ones; None: all.
 
         Raises:
             DataError: the data that the user named hold other images than the run.
         """
         images, problem = None, self.problem
         try:
-            images = self._list_data()
+            images = self._list_data(rows)
         except (DataError, ConfigError) as error:
             if self.is_named:
                 raise
@@ -80,19 +85,27 @@ class Originals:
                     "training, without lens distortion. Give the training data by data= (--data)",
                     stacklevel=3,
                 )
-            images = list_stored(self.stored)
+            images = list_stored(self.stored if rows is None else self.stored.select(list(rows)))
         ratio = (intrinsics / shared_camera(self.stored).intrinsics).diagonal()[:2].double()
         fx, fy = torch.where((ratio - 1).abs() < FOCAL_ROUNDING, 1.0, ratio).tolist()
         factors = np.array([[fx, 1.0, 1.0], [1.0, fy, 1.0], [1.0, 1.0, 1.0]])
-        return [view._replace(intrinsics=view.intrinsics * factors) for view in images]
+        return [
+            view._replace(intrinsics=view.intrinsics * factors, distortion=refine_lens(view.distortion, distortion, fx))
+            for view in images
+        ]
 
-    def _list_data(self) -> list[ExportView] | None:
+    def _list_data(self, rows: Sequence[int] | None) -> list[ExportView] | None:
+        chosen = list(range(len(self.stored)) if rows is None else rows)
+        stored = self.stored.select(chosen)
         if isinstance(self.data, Views):
-            check_same_images(self.data.resize(self.stored.size), self.stored)
-            return list_stored(self.data)
+            data = self.data.select(chosen)
+            check_same_images(data.resize(stored.size), stored)
+            return list_stored(data)
         if self.data is None:
             return None
-        return [*list_files(self.data, self.stored), *(list_file(view, is_localised=True) for view in self.localised)]
+        localised = () if rows is not None else self.localised
+        images = list_files([self.data[i] for i in chosen], stored)
+        return [*images, *(list_file(view, is_localised=True) for view in localised)]
 
     def align(self, poses: Tensor) -> Similarity | None:
         """Return the similarity from a run's poses [V, 4, 4] to those of the data; None if the data have none."""

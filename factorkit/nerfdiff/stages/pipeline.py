@@ -97,6 +97,7 @@ class Training(StageTraining):
                 free,
                 preview_name="refine",
                 optimize_focal=True,
+                optimize_distortion=True,
                 pose_learning_rate=SFM_POSE_RATE * config.pose_learning_rate,
             )
             duplication = self.measure_duplication(fitted.poses().detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from factorkit.nerfdiff.cameras.poses import dolly_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
 from factorkit.nerfdiff.previews.views import save_cameras
-from factorkit.nerfdiff.rays import CameraModel, render_pixels
+from factorkit.nerfdiff.rays import CameraModel, render_pixels, straighten_points
 from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, gather_pixels, gaussian_blur, mean_squared_error
 from factorkit.rendering import Rendered
 from factorkit.utils.rng import BatchDraw
@@ -40,6 +41,8 @@ class SceneFit(nn.Module):
         size: height and width of the views.
         optimize_focal: whether the focal length is a parameter, starting at that of ``camera``. Around an object the
             distances change with it, so that the object keeps its size in the images.
+        optimize_distortion: whether a radial term of the lens of all views is a parameter, starting at 0, in units of
+            the focal length of ``camera``.
     """
 
     def __init__(
@@ -50,11 +53,14 @@ class SceneFit(nn.Module):
         size: tuple[int, int],
         samples: int,
         optimize_focal: bool = False,
+        optimize_distortion: bool = False,
     ):
         super().__init__()
         self.field, self.poses = field, poses
         self.initial_camera, self.size, self.samples = camera, size, samples
-        self.log_focal = nn.Parameter(torch.zeros((), device=camera.intrinsics.device)) if optimize_focal else None
+        start = torch.zeros((), device=camera.intrinsics.device)
+        self.log_focal = nn.Parameter(start.clone()) if optimize_focal else None
+        self.distortion = nn.Parameter(start.clone()) if optimize_distortion else None
 
     @property
     def camera(self) -> CameraModel:
@@ -77,10 +83,13 @@ class SceneFit(nn.Module):
         self, indices: Tensor, pixels: Tensor, seed: int | Tensor, first_ray: int = 0, **pose_options: Any
     ) -> Rendered:
         """Render pixels [B, R] of views [B]; see :func:`factorkit.nerfdiff.rays.render_pixels`."""
-        poses, camera = self.view_poses(indices, **pose_options), self.camera
+        poses, camera, straighten = self.view_poses(indices, **pose_options), self.camera, None
         own = camera.of_views(indices)
+        if self.distortion is not None:
+            first = self.initial_camera.pixel_intrinsics(*self.size, self.initial_camera.of_views(indices))
+            straighten = partial(straighten_points, intrinsics=first, term=self.distortion)
         return render_pixels(
-            self.field, poses, camera, pixels, self.size, self.samples, seed, indices, first_ray, intrinsics=own
+            self.field, poses, camera, pixels, self.size, self.samples, seed, indices, first_ray, own, straighten
         )
 
 
@@ -167,12 +176,11 @@ class FitTask:
         self.size = len(self.views)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the field at the stage's learning rate, and the free poses and focal length at theirs."""
+        """Return the field at the stage's learning rate, and the free poses, focal length and distortion at theirs."""
         base_rate = self.config.learning_rate
         groups = field_parameter_groups(self.model.field, base_rate, base_rate)
         poses = [p for p in self.model.poses.parameters() if p.requires_grad]
-        if self.model.log_focal is not None:
-            poses.append(self.model.log_focal)
+        poses += [p for p in (self.model.log_focal, self.model.distortion) if p is not None]
         if poses:
             scale = self.config.pose_learning_rate / base_rate
             groups.append({"params": poses, "scale": scale, "betas": ADAM_BETAS})

@@ -22,7 +22,7 @@ from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import HeldOutErrors, SharedError, compare_held_out
 from factorkit.nerfdiff.rays import sample_surface
-from factorkit.nerfdiff.scene import Scene, scale_focal, with_intrinsics
+from factorkit.nerfdiff.scene import Scene, scale_focal, straighten_scene, with_intrinsics
 from factorkit.nerfdiff.stages.flip_test import split_in_halves
 from factorkit.nerfdiff.stages.refine import COARSE_SIZES, FitTask, SceneFit, drawn_size
 from factorkit.nerfdiff.verdict import write_report
@@ -99,12 +99,13 @@ class StageTraining:
         views: Tensor | None = None,
         preview_name: str | None = None,
         optimize_focal: bool = False,
+        optimize_distortion: bool = False,
         samples: int | None = None,
         initial_coarseness: float = 0.0,
         mask_weight: float = 0.0,
         **changes: Any,
     ) -> Any:
-        """Fit a field, free poses and, if ``optimize_camera`` has it, the focal length; return the :class:`SceneFit`.
+        """Fit a field, free poses and, if ``optimize_camera`` has them, focal length and lens; return the SceneFit.
 
         Args:
             field: to fit.
@@ -113,19 +114,21 @@ class StageTraining:
             views: see :class:`FitTask`, as are ``preview_name``, ``initial_coarseness`` and ``mask_weight``.
             preview_name: see ``views``.
             optimize_focal: whether the setting's "focal" applies to this stage.
+            optimize_distortion: the same of "distortion".
             samples: along each ray; None: those of the run.
             initial_coarseness: see ``views``.
             mask_weight: see ``views``.
             **changes: to the configuration.
         """
-        config, scene = self.config, scene or self.scene
+        config, scene, free = self.config, scene or self.scene, self.config.optimize_camera or ()
         model = SceneFit(
             field.to(self.device),
             poses.to(self.device),
             scene.camera,
             scene.size,
             samples or config.samples_per_ray,
-            isinstance(poses, SharedMotion) or (optimize_focal and "focal" in (config.optimize_camera or ())),
+            isinstance(poses, SharedMotion) or (optimize_focal and "focal" in free),
+            optimize_distortion and "distortion" in free,
         )
         changes = {
             "steps": config.field_steps,
@@ -140,10 +143,18 @@ class StageTraining:
             return FitTask(stage, scene, model, views, preview_name, initial_coarseness, mask_weight)
 
         fitted = self.train_stage(name, build_task, **changes)
-        return fitted if views is not None else self._adopt_focal(fitted)
+        return fitted if views is not None else self._adopt_camera(fitted)
 
-    def _adopt_focal(self, fitted: Any) -> Any:
-        """Make the focal length that a fit around an object found, and its distance, those of the run."""
+    def _adopt_camera(self, fitted: Any) -> Any:
+        """Make the camera of a fit that of the run: its focal length and distance around an object, and its lens.
+
+        The views are resampled without the radial term, so that all later stages have cameras without distortion.
+        """
+        if fitted.distortion is not None:
+            term = float(fitted.distortion.detach())
+            self.scene = straighten_scene(self.scene, term)
+            self.settings = self.settings | {"scene": self.settings["scene"] | {"distortion": term}}
+            fitted.distortion = None
         if fitted.log_focal is None or self.scene.layout == "forward":
             return fitted
         factor = float(fitted.log_focal.detach().exp())
