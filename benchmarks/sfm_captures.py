@@ -26,7 +26,8 @@ from benchmarks.captures import FOV, expand_faults, make_cameras, spoil_masks
 from benchmarks.recording import commit, machine, read_results, write_result
 from factorkit.data.views.colmap import read_model
 from factorkit.metrics.pose import pose_errors
-from factorkit.nerfdiff.registered_views import MODEL_FOLDER
+from factorkit.nerfdiff.registered_views import MODEL_FOLDER, SFM_FOLDER
+from factorkit.nerfdiff.stages.sfm import load_result
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import intrinsics_from_fov
 from factorkit.utils.files import read_log, timeline
@@ -90,6 +91,8 @@ def find_cameras(folder: Path, poses: Tensor, focal: bool, seed: int, **changes:
         **SETTINGS | changes,
     )
     seconds = time.process_time() - start
+    result = load_result(folder / "run" / SFM_FOLDER)
+    assert result is not None
     names = [f"frame_{i:03d}.png" for i in range(len(poses))]
     cameras = read_model(folder / "run" / MODEL_FOLDER).cameras
     rows = [names.index(name) for name in run.views.names]
@@ -99,8 +102,8 @@ def find_cameras(folder: Path, poses: Tensor, focal: bool, seed: int, **changes:
     k = cameras[run.views.names[0]].intrinsics(side, side)
     alarms = timeline(read_log(folder / "run"), "alarms")[-1]
     return {
-        "registered": len(rows),
-        "views": len(poses),
+        "registered": len(result.registered),
+        "views": len(result.registered) + len(result.unregistered),
         "sfm_median_deg": before.rotation_median_deg,
         "sfm_largest_deg": float(before.rotation_degrees.max()),
         "median_deg": after.rotation_median_deg,

@@ -92,7 +92,10 @@ def test_other_turns_follow_from_the_views_that_return(turns, tried):
 
 
 def test_return_lag_of_more_turns_is_that_of_the_first_return():
-    assert return_lag(make_walk(3, 60)) in (19, 20, 21)
+    """The third turn is more like the first than the second is."""
+    images = make_walk(3, 60)
+    images[20:40] += 0.5 * torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert return_lag(images) in (19, 20, 21)
 
 
 @pytest.mark.slow
