@@ -65,7 +65,8 @@ class NerfdiffConfig(EngineConfig):
     radial term of all lenses beyond that of structure from motion (search="sfm", without cameras in the data). None,
     the default, is ("aim", "distance", "roll") if masks or a plain background show an object off the centre or of
     changing size, and "focal" if neither cameras, EXIF nor fov= give the focal length, or if structure from motion
-    found it; otherwise (). With "aim" the search compares views that are recentred by their foreground."""
+    found that of forward-facing photos; otherwise (). With "aim" the search compares views that are recentred by their
+    foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
     """Whether the views were taken in the order of their names, or if these do not order them of the times in their
     EXIF data, on one turn around the object. "yes": even rings of cameras are tried as starts too, in both directions

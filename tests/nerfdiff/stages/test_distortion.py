@@ -151,10 +151,11 @@ def test_train_distortion_without_lenses_of_structure_from_motion_is_refused(tmp
 
 
 @pytest.mark.parametrize("is_found", [True, False])
-def test_choose_capture_settings_focal_length_by_structure_from_motion_is_refined(scene_views, is_found):
-    scene = open_scene(replace(scene_views, has_focal=not is_found), 8, torch.device("cpu"))
-    config = preset_config("demo", search="sfm")
-    assert choose_capture_settings(config, scene).optimize_camera == (("focal",) if is_found else ())
+@pytest.mark.parametrize("layout", ["forward", "object"])
+def test_choose_capture_settings_found_focal_length_of_forward_facing_photos_is_refined(scene_views, layout, is_found):
+    scene = replace(open_scene(scene_views, 8, torch.device("cpu")), has_focal=not is_found, layout=layout)
+    config, by_default = preset_config("demo", search="sfm"), ("focal",) if is_found and layout == "forward" else ()
+    assert choose_capture_settings(config, scene).optimize_camera == by_default
     assert choose_capture_settings(replace(config, optimize_camera=()), scene).optimize_camera == ()
     old = {"scene": {}, "field": "grid", "search": "sfm", "optimize_camera": []}  # before that was the default
     assert choose_capture_settings(config, scene, old).optimize_camera == ()
