@@ -262,11 +262,9 @@ def choose_capture_settings(
         parameters = tuple(stored["optimize_camera"])
     if parameters is None:
         by_hand = searched and config.candidate_type == "look_at" and is_unevenly_framed(scene)
-        # forward-facing photos leave a focal length uncertain that a ring of cameras fixes (docs/captures.md)
-        is_uncertain = searched or (has_found_lenses(config, scene) and scene.layout == "forward")
         parameters = (
             *(("aim", "distance", "roll") if by_hand else ()),
-            *(("focal",) if is_uncertain and not scene.has_focal else ()),
+            *(("focal",) if searched and not scene.has_focal else ()),
         )
     if ordered == "auto" and "scene" in stored:
         ordered = stored.get("ordered", "no")

@@ -20,7 +20,7 @@ from factorkit.nerfdiff.scene import open_scene, straighten_views
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.stages.sfm import MODEL
-from factorkit.nerfdiff.train import choose_capture_settings, list_notes, train_nerfdiff
+from factorkit.nerfdiff.train import list_notes, train_nerfdiff
 from factorkit.rendering import orbit
 from factorkit.utils.errors import ConfigError
 from tests.nerfdiff import registered, textured
@@ -151,18 +151,11 @@ def test_train_distortion_without_lenses_of_structure_from_motion_is_refused(tmp
 
 
 @pytest.mark.parametrize("is_found", [True, False])
-@pytest.mark.parametrize("layout", ["forward", "object"])
-def test_choose_capture_settings_found_focal_length_of_forward_facing_photos_is_refined(scene_views, layout, is_found):
-    scene = replace(open_scene(scene_views, 8, torch.device("cpu")), has_focal=not is_found, layout=layout)
-    config, by_default = preset_config("demo", search="sfm"), ("focal",) if is_found and layout == "forward" else ()
-    assert choose_capture_settings(config, scene).optimize_camera == by_default
-    assert choose_capture_settings(replace(config, optimize_camera=()), scene).optimize_camera == ()
-    old = {"scene": {}, "field": "grid", "search": "sfm", "optimize_camera": []}  # before that was the default
-    assert choose_capture_settings(config, scene, old).optimize_camera == ()
-    chosen = replace(config, optimize_camera=("focal", "distortion"))
-    notes = list_notes(scene_views, scene, chosen)
+def test_list_notes_refined_lenses_of_structure_from_motion_are_named(scene_views, is_found):
+    scene = open_scene(replace(scene_views, has_focal=not is_found), 8, torch.device("cpu"))
+    config = preset_config("demo", search="sfm", optimize_camera=("focal", "distortion"))
     text = "The focal length and radial distortion found by structure from motion are refined with the field"
-    assert any(note.startswith(text) for note in notes) == is_found
+    assert any(note.startswith(text) for note in list_notes(scene_views, scene, config)) == is_found
 
 
 def test_straighten_views_removes_a_known_lens(monkeypatch):
