@@ -63,9 +63,9 @@ class NerfdiffConfig(EngineConfig):
     origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
     an object keeps its size. () assumes upright cameras that look at the origin from one distance. "distortion" is one
     radial term of all lenses beyond that of structure from motion (search="sfm", without cameras in the data). None,
-    the default, is ("aim", "distance", "roll") if masks or a plain background show an object off the centre or of
-    changing size, and "focal" if neither cameras, EXIF nor fov= give the focal length, or if structure from motion
-    found it; otherwise (). With "aim" the search compares views that are recentred by their foreground."""
+    the default, is () with search="sfm", else ("aim", "distance", "roll") if masks or a plain background show an object
+    off the centre or of changing size, and "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise
+    (). With "aim" the search compares views that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
     """Whether the views were taken in the order of their names, or if these do not order them of the times in their
     EXIF data, on a walk around the object. "yes": even walks are tried as starts too, of one turn and unless the last

@@ -223,8 +223,6 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
     """
     folder, config = request.folder, _sfm_config(request.config)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
-        if config.optimize_camera is None:
-            config = replace(config, optimize_camera=tuple(stored["optimize_camera"] or ()))
         requested = {**request.settings, **config.with_choices(stored).to_dict(), "scene": stored["scene"]}
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
         place: AbstractContextManager[object] = locked(folder)
@@ -277,7 +275,7 @@ def _try_sfm(
 def _sfm_config(config: NerfdiffConfig) -> NerfdiffConfig:
     """Return the configuration of a run by structure from motion; what only the dictionary has is off."""
     ordered = "no" if config.ordered == "auto" else config.ordered
-    return replace(_with_search(config, "sfm"), ordered=ordered)
+    return replace(_with_search(config, "sfm"), optimize_camera=config.optimize_camera or (), ordered=ordered)
 
 
 def _register(request: RunRequest) -> SfmResult:

@@ -264,7 +264,7 @@ def choose_capture_settings(
         by_hand = searched and config.candidate_type == "look_at" and is_unevenly_framed(scene)
         parameters = (
             *(("aim", "distance", "roll") if by_hand else ()),
-            *(("focal",) if (searched and not scene.has_focal) or has_found_lenses(config, scene) else ()),
+            *(("focal",) if searched and not scene.has_focal else ()),
         )
     if ordered == "auto" and "scene" in stored:
         ordered = stored.get("ordered", "no")
