@@ -75,7 +75,7 @@ def open_registered_views(
         resolution=resolution,
     )
     views = replace(views, has_focal=all(view.pose is not None for view in listed.views))
-    return views, _given_poses(listed.views, listed.arrangement, model)
+    return views, _file_poses(listed.views, listed.arrangement, model)
 
 
 def _arrange(model: ModelCameras, layout: SceneLayout | None, where: str) -> Arrangement:
@@ -104,7 +104,7 @@ def _poses_of(views: Views, model: ModelCameras) -> Tensor | None:
     return None if views.poses is None else views.poses[rows]
 
 
-def _given_poses(views: Sequence[LazyView], arrangement: Arrangement | None, model: ModelCameras) -> Tensor | None:
+def _file_poses(views: Sequence[LazyView], arrangement: Arrangement | None, model: ModelCameras) -> Tensor | None:
     poses = [view.pose for view in views if view.name in model.cameras]
     if arrangement is None or any(pose is None for pose in poses):
         return None

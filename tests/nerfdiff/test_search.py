@@ -59,6 +59,8 @@ def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
     assert 'Tried search="sfm": held-out error' in text
     assert "left out of the training: 3_blurred.png." in (tmp_path / "run/report.html").read_text()
     assert run.localised.names == ("3_blurred.png",) and run.localised.poses.shape == (1, 4, 4)
+    checked = {name for pair in run.check_epipolar().pairs for name in pair["views"]}
+    assert checked <= set(run.views.names) and len(checked) >= 6
     run.export(tmp_path / "transforms.json")
     frames = json.loads((tmp_path / "transforms.json").read_text())["frames"]
     assert len(frames) == len(poses) + 1

@@ -203,9 +203,9 @@ def _map_images(
     # without a bar: COLMAP reports nothing in between
     line = f"sfm: cameras of {format_count(len(images), 'image')}, all at once"
     with tqdm(desc=line, bar_format="{desc}", disable=not progress, leave=False):
-        found = colmap.global_mapping(path, folder, work, options)
+        mapped = colmap.global_mapping(path, folder, work, options)
     shutil.rmtree(work)
-    models = [model for model in found.values() if _median_points(model) >= MIN_IMAGE_POINTS]
+    models = [model for model in mapped.values() if _median_points(model) >= MIN_IMAGE_POINTS]
     models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
     if not models:
         return SfmResult((), tuple(names), None, reason, plain=tuple(plain))
