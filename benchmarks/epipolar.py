@@ -36,35 +36,15 @@ from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
 
 RESULTS = Path(__file__).with_name("results") / "epipolar.json"
 SETS = (
-    "fern 504",
-    "fern 200",
-    "fern 128",
-    "lego 200",
-    "lego 128",
-    "block 256",
-    "block 128",
-    "still 256",
-    "arc 90",
-    "arc 60",
-    "arc 30",
+    *("fern 504", "fern 200", "fern 128", "lego 200", "lego 128", "block 256", "block 128", "still 256"),
+    *("arc 90", "arc 60", "arc 30"),
 )
 SEEDS = 3
 RIGHT = ("true", "turned 0.5", "turned 1", "orbit 1", "orbit 2")
 WRONG = (
     *("turned 2", "turned 5", "turned 13", "orbit 5", "orbit 13"),
-    *(
-        "exchanged",
-        "mirror",
-        "half",
-        "quarter",
-        "random",
-        "collapsed",
-        "one place",
-        "roll 13",
-        "zoom 20",
-        "uneven 20",
-        "tilt 13",
-    ),
+    *("exchanged", "mirror", "half", "quarter", "random", "collapsed", "one place"),
+    *("roll 13", "zoom 20", "uneven 20", "tilt 13"),
     *("focal 0.72", "focal 1.28", "focal 0.5", "backward"),
 )
 

@@ -214,8 +214,8 @@ def measure_motion(pairs: list[tuple[int, int, Tensor, Tensor]], intrinsics: dic
     """Return by how many degrees matches move between two views, the median of all pairs' medians."""
     medians = []
     for i, j, x, y in pairs:
-        rays = [F.pad(points, (0, 1), value=1.0) @ torch.linalg.inv(intrinsics[k]).mT for k, points in ((i, x), (j, y))]
-        medians.append(float(F.cosine_similarity(*rays, dim=1).clamp(-1, 1).acos().rad2deg().median()))
+        a, b = (F.pad(points, (0, 1), value=1.0) @ torch.linalg.inv(intrinsics[k]).mT for k, points in ((i, x), (j, y)))
+        medians.append(float(F.cosine_similarity(a, b, dim=1).clamp(-1, 1).acos().rad2deg().median()))
     return float(np.median(medians))
 
 
