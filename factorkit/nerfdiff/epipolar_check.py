@@ -204,7 +204,7 @@ def match_views(views: Sequence[ExportView], progress: bool = False) -> ViewMatc
         )
     elif (motion := measure_motion(pairs, intrinsics)) < MIN_MOTION:
         reason = (
-            f"since matched points move by {motion:.1f} degrees (median), less than {MIN_MOTION:g}: with "
+            f"since matched points move by {motion:.2f} degrees (median), less than {MIN_MOTION:g}: with "
             f"{MAX_DEGREES:g} degrees allowed, cameras that are all in one place would pass too"
         )
     return ViewMatches(pairs, intrinsics, reason)

@@ -38,9 +38,7 @@ LENS = Distortion(k1=0.2, p1=0.05, p2=0.05)
 
 
 def make_poses(count=4, step=1.0):
-    eye = torch.tensor(
-        [[0.6 * i - 1, -2.0 + 0.2 * i, 2.5 + 0.1 * i] for i in (step * k for k in range(count))]
-    ).double()
+    eye = torch.tensor([[0.6 * i - 1, -2.0 + 0.2 * i, 2.5 + 0.1 * i] for i in step * np.arange(count)]).double()
     return look_at(eye, torch.zeros(3).double(), torch.tensor([0.0, 0, 1]).double())
 
 
