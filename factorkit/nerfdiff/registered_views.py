@@ -18,7 +18,7 @@ from factorkit.data.views.loading import LazyView, load_views
 from factorkit.data.views.open import list_views, open_views
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.run_folder import read_object
-from factorkit.utils.errors import format_count
+from factorkit.utils.errors import CheckpointError, format_count
 
 SFM_FOLDER = Path("stages", "sfm")  # in a run folder
 MODEL_FOLDER = SFM_FOLDER / "sparse" / "0"
@@ -148,8 +148,11 @@ def load_localised(folder: Path | None) -> LocalisedViews:
     if folder is None or not (folder / LOCALISED).is_file():
         return LocalisedViews()
     values = read_object(folder / LOCALISED)
-    poses = torch.tensor(values["poses"], dtype=torch.float32).reshape(-1, 4, 4)
-    return LocalisedViews(tuple(values["names"]), poses, tuple(values["others"]))
+    try:
+        poses = torch.tensor(values["poses"], dtype=torch.float32).reshape(-1, 4, 4)
+        return LocalisedViews(tuple(values["names"]), poses, tuple(values["others"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / LOCALISED} cannot be read: {error!r}. Restore it, or delete it") from error
 
 
 def list_unregistered(views: Sequence[LazyView], model: ModelCameras) -> list[LazyView]:

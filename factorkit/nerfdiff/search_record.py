@@ -119,7 +119,9 @@ def load_record(folder: Path) -> SearchRecord:
         for trial in trials:
             if not (isinstance(trial.search, str) and isinstance(trial.problem, str) and is_number(trial.cross or 0.0)):
                 raise TypeError(f"{trial} is no trial")
-        return SearchRecord(trials, str(values["next"]))
+        if not isinstance(values["next"], str):
+            raise TypeError(f"next={values['next']!r} is no search")
+        return SearchRecord(trials, values["next"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / SEARCH_FILE} cannot be read: {error!r}. Restore it, or delete it") from error
 

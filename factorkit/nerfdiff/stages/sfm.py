@@ -36,7 +36,7 @@ from factorkit.nerfdiff.stages.matches import (
     opened,
     write_images,
 )
-from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.errors import CheckpointError, DataError, format_count
 
 VERSION = 2  # of this procedure, part of the key of stored results
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
@@ -151,11 +151,14 @@ def load_result(folder: Path) -> SfmResult | None:
         CheckpointError: the file is damaged.
     """
     values = read_object(folder / RESULT).get("result") if (folder / RESULT).is_file() else None
-    if values is None or (values["model"] is not None and not (folder / MODEL / "images.bin").is_file()):
-        return None
-    names = ("registered", "unregistered", "other_models", "still_pairs", "plain")
-    lists = {name: tuple(values.get(name, ())) for name in names}
-    return SfmResult(**(values | lists | {"model": None if values["model"] is None else folder / MODEL}))
+    try:
+        if values is None or (values["model"] is not None and not (folder / MODEL / "images.bin").is_file()):
+            return None
+        names = ("registered", "unregistered", "other_models", "still_pairs", "plain")
+        lists = {name: tuple(values.get(name, ())) for name in names}
+        return SfmResult(**(values | lists | {"model": None if values["model"] is None else folder / MODEL}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / RESULT} cannot be read: {error!r}. Restore it, or delete it") from error
 
 
 def _load(folder: Path, key: str) -> SfmResult | None:
