@@ -253,8 +253,9 @@ def pose_alarms(
         f"stray cameras: {stray or 0:.0%} are upside down or {STRAY_TOLERANCE:g} degrees below elevation_range=, where "
         "none was searched: these are wrong, unless photos were taken from there; then widen it"
     )
-    if not mirrored:
-        check("stray cameras", stray, (stray or 0) > MAX_STRAY, text, reason, high=MAX_STRAY)
+    if mirrored:
+        stray, reason = None, "since most cameras are inverted"
+    check("stray cameras", stray, (stray or 0) > MAX_STRAY, text, reason, high=MAX_STRAY)
     if true is not None:
         alarms["mirrored"] = is_mirrored(poses, true)
     return {**alarms, **log_checks(checks)}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -24,17 +25,19 @@ from factorkit.data.views.views import LOSS_MASK_THRESHOLD, Views
 from factorkit.metrics.epipolar import epipolar_distance, fundamental_matrix
 from factorkit.nerfdiff.export.images import ExportView
 from factorkit.nerfdiff.export.originals import Originals
-from factorkit.nerfdiff.stages.matches import STILL_DISTANCE, is_still
+from factorkit.nerfdiff.stages.matches import MAX_STILL, STILL_DISTANCE, is_still
 from factorkit.nerfdiff.verdict import log_alarms
-from factorkit.report.content import Check, judged_alarms, log_checks, read_checks
+from factorkit.report.content import Check, Record, judged_alarms, read_checks
 from factorkit.utils.errors import format_count
 from factorkit.utils.files import read_log
 from factorkit.utils.images import unit_to_uint8
 
 EPIPOLAR_CHECK = "matched points near epipolar lines"
+IN_TRAINING = "in_training"  # of its record, where a later evaluation replaced it: the record of the training
 EPIPOLAR_FAILURE = "cameras do not fit matched points"  # how its failure begins
 MIN_EPIPOLAR_SHARE = 0.85  # of the matches; figures of right and wrong cameras: docs/nerfdiff.md
 MAX_DEGREES = 2.0  # from the epipolar line, as cameras that are 2 degrees off are right elsewhere
+MIN_MOTION = 1.0  # degrees by which matches move, the median; below, wrong cameras pass too: docs/nerfdiff.md
 NEAR_PIXELS = 2.0
 MAX_SIDE = 640  # pixels of the images that are matched; the median is in these pixels
 MIN_SIDE = 128  # pixels; smaller images have hardly any points
@@ -44,7 +47,6 @@ PARTNERS = 2  # of each view, those with the most matches: where a texture repea
 MAX_RATIO = 0.8  # of the distances to the best and the second-best descriptor (Lowe 2004)
 MIN_PAIR_MATCHES = 16  # from which on a pair of views counts
 MIN_PAIRS, MIN_VIEWS = 3, 0.5  # pairs, and share of the views that are in one, from which on the check has a result
-MAX_STILL = 0.5  # share of a pair's matches beyond which they are still
 RANSAC_DISTANCE, RANSAC_CONFIDENCE = 1.5, 0.999  # pixels; probability
 OPAQUE = 128  # opacity from which on a pixel is matched
 
@@ -117,14 +119,28 @@ def add_epipolar_check(
         print(failure, file=sys.stderr)
 
 
-def record_check(folder: Path, step: int, check: Check) -> None:
-    """Put the check into the newest alarms of a run, in place of an earlier one, or into new alarms at this step."""
+def record_check(folder: Path, step: int, check: Check, is_later: bool = False) -> None:
+    """Put the check into the newest alarms of a run, in place of an earlier one, or into new alarms at this step.
+
+    Args:
+        folder: of the run.
+        step: of its last checkpoint.
+        check: the result.
+        is_later: whether the training did not run it: the record keeps what the training had, see :func:`own_checks`.
+    """
     alarms, failures = judged_alarms(read_log(folder))
-    alarms, added = alarms or {"step": step}, log_checks([check])
+    alarms, record = alarms or {"step": step}, check.to_dict()
+    if is_later:
+        record[IN_TRAINING] = next((own for own in own_checks(alarms) if own["name"] == EPIPOLAR_CHECK), None)
     checks = [other for other in alarms.get("checks", ()) if other["name"] != EPIPOLAR_CHECK]
     failures = [other for other in failures if not other.startswith(EPIPOLAR_FAILURE)]
-    changed = {"checks": [*checks, *added["checks"]], "failures": [*failures, *added["failures"]]}
-    log_alarms(folder, alarms | changed)
+    log_alarms(folder, alarms | {"checks": [*checks, record], "failures": [*failures, *check.failures]})
+
+
+def own_checks(alarms: Record) -> list[Record]:
+    """Return the checks of an "alarms" event as the training recorded them, without what a later evaluation changed."""
+    own = [check.get(IN_TRAINING, check) for check in alarms.get("checks", ()) if isinstance(check, dict)]
+    return [check for check in own if check is not None]
 
 
 def judge_matches(matches: ViewMatches, poses: Tensor, names: Sequence[str]) -> EpipolarCheck:
@@ -179,22 +195,37 @@ def match_views(views: Sequence[ExportView], progress: bool = False) -> ViewMatc
     agreeing = [(i, j, *_keep_one_geometry(x, y)) for i, j, x, y, _ in matched]
     pairs = _choose_partners([pair for pair in agreeing if len(pair[2]) >= MIN_PAIR_MATCHES])
     covered, needed = len({row for i, j, *_ in pairs for row in (i, j)}), MIN_VIEWS * len(rows)
-    reason = ""
+    intrinsics, reason = {row: features[row].intrinsics for row in rows}, ""
     if len(pairs) < MIN_PAIRS or covered < needed:
         reason = (
             f"since only {format_count(len(pairs), 'pair')} of views, with {covered} of "
-            f"{format_count(len(rows), 'view')}, have {MIN_PAIR_MATCHES} matches or more"
+            f"{format_count(len(rows), 'view')}, have {MIN_PAIR_MATCHES} matches or more; "
+            f"{MIN_PAIRS} pairs with {MIN_VIEWS:.0%} of the views are needed"
         )
-    return ViewMatches(pairs, {row: features[row].intrinsics for row in rows}, reason)
+    elif (motion := measure_motion(pairs, intrinsics)) < MIN_MOTION:
+        reason = (
+            f"since matched points move by {motion:.2f} degrees (median), less than {MIN_MOTION:g}: with "
+            f"{MAX_DEGREES:g} degrees allowed, cameras that are all in one place would pass too"
+        )
+    return ViewMatches(pairs, intrinsics, reason)
+
+
+def measure_motion(pairs: list[tuple[int, int, Tensor, Tensor]], intrinsics: dict[int, Tensor]) -> float:
+    """Return by how many degrees matches move between two views, the median of all pairs' medians."""
+    medians = []
+    for i, j, x, y in pairs:
+        a, b = (F.pad(points, (0, 1), value=1.0) @ torch.linalg.inv(intrinsics[k]).mT for k, points in ((i, x), (j, y)))
+        medians.append(float(F.cosine_similarity(a, b, dim=1).clamp(-1, 1).acos().rad2deg().median()))
+    return float(np.median(medians))
 
 
 def _choose_partners(pairs: list[tuple[int, int, Tensor, Tensor]]) -> list[tuple[int, int, Tensor, Tensor]]:
     """Keep the pairs that have the most matches of one of their views."""
-    seen, kept = Counter[int](), []
+    counts, kept = Counter[int](), []
     for pair in sorted(pairs, key=lambda pair: -len(pair[2])):
-        if min(seen[pair[0]], seen[pair[1]]) < PARTNERS:
+        if min(counts[pair[0]], counts[pair[1]]) < PARTNERS:
             kept.append(pair)
-        seen.update(pair[:2])
+        counts.update(pair[:2])
     return kept
 
 

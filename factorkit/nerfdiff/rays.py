@@ -192,12 +192,12 @@ def straighten_points(points: Tensor, intrinsics: Tensor, term: Tensor) -> Tenso
         term: of r^2.
     """
     focal, centre = intrinsics.diagonal(dim1=-2, dim2=-1)[..., None, :2], intrinsics[..., None, :2, 2]
-    seen = (points - centre) / focal
-    amount = term * seen.square().sum(-1, keepdim=True)
+    scaled = (points - centre) / focal
+    amount = term * scaled.square().sum(-1, keepdim=True)
     factor = torch.ones_like(amount)
     for _ in range(RADIAL_ITERATIONS):  # factor (1 + amount factor^2) = 1
         factor = factor - (factor + amount * factor**3 - 1) / (1 + 3 * amount * factor**2)
-    return seen * factor * focal + centre
+    return scaled * factor * focal + centre
 
 
 @torch.no_grad()

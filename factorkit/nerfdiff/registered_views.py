@@ -18,7 +18,7 @@ from factorkit.data.views.loading import LazyView, load_views
 from factorkit.data.views.open import list_views, open_views
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.run_folder import read_object
-from factorkit.utils.errors import format_count
+from factorkit.utils.errors import CheckpointError, format_count
 
 SFM_FOLDER = Path("stages", "sfm")  # in a run folder
 MODEL_FOLDER = SFM_FOLDER / "sparse" / "0"
@@ -75,7 +75,7 @@ def open_registered_views(
         resolution=resolution,
     )
     views = replace(views, has_focal=all(view.pose is not None for view in listed.views))
-    return views, _given_poses(listed.views, listed.arrangement, model)
+    return views, _file_poses(listed.views, listed.arrangement, model)
 
 
 def _arrange(model: ModelCameras, layout: SceneLayout | None, where: str) -> Arrangement:
@@ -104,7 +104,7 @@ def _poses_of(views: Views, model: ModelCameras) -> Tensor | None:
     return None if views.poses is None else views.poses[rows]
 
 
-def _given_poses(views: Sequence[LazyView], arrangement: Arrangement | None, model: ModelCameras) -> Tensor | None:
+def _file_poses(views: Sequence[LazyView], arrangement: Arrangement | None, model: ModelCameras) -> Tensor | None:
     poses = [view.pose for view in views if view.name in model.cameras]
     if arrangement is None or any(pose is None for pose in poses):
         return None
@@ -148,8 +148,11 @@ def load_localised(folder: Path | None) -> LocalisedViews:
     if folder is None or not (folder / LOCALISED).is_file():
         return LocalisedViews()
     values = read_object(folder / LOCALISED)
-    poses = torch.tensor(values["poses"], dtype=torch.float32).reshape(-1, 4, 4)
-    return LocalisedViews(tuple(values["names"]), poses, tuple(values["others"]))
+    try:
+        poses = torch.tensor(values["poses"], dtype=torch.float32).reshape(-1, 4, 4)
+        return LocalisedViews(tuple(values["names"]), poses, tuple(values["others"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / LOCALISED} cannot be read: {error!r}. Restore it, or delete it") from error
 
 
 def list_unregistered(views: Sequence[LazyView], model: ModelCameras) -> list[LazyView]:

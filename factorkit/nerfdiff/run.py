@@ -150,7 +150,7 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         """Write the scene or its cameras for other programs; of several processes only the first does.
 
         Cameras and images have the size of the training data, with their lenses and opacity, if the data still lie
-        where they were; otherwise a warning says that they are written at the size of the training.
+        where they were; otherwise a warning says that they have the size of the training.
 
         Args:
             path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``splats.ply``
@@ -209,7 +209,7 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         """Check the cameras by points matched between the training images, without labels and without the scene.
 
         The images are read at their full size. Needs OpenCV (``factorkit[baselines]``); without it the check is "not
-        run". The result becomes part of the run's alarms, and so of its verdict.
+        run". The result becomes part of the run's alarms, and so of its verdict. A search is not judged by it again.
 
         Args:
             data: the training data, if they were moved or given as objects.
@@ -222,8 +222,9 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         originals, folder = find_originals(self.folder, data), self.folder
         if originals is None or folder is None:
             raise ConfigError("the epipolar check needs a run folder: a single file does not name its training views")
-        result = check_epipolar(originals.list_images(*self.camera_changes), self.poses, progress)
-        distributed.run_on_first(lambda: record_check(folder, self.step, result.check))
+        trained = range(len(self.poses))  # localised images have poses of another kind: the scene's, not the search's
+        result = check_epipolar(originals.list_images(*self.camera_changes, trained), self.poses, progress)
+        distributed.run_on_first(lambda: record_check(folder, self.step, result.check, is_later=True))
         return result
 
     def sample(

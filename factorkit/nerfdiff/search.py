@@ -103,9 +103,9 @@ def choose_search(request: RunRequest) -> PoseSearch:
     name, reason = distributed.run_on_first(lambda: decide(request.data, request.reading))
     note = f'search="{name}": {reason}.'
     if name == "sfm":
-        found, trial = _try_sfm(request, _claimed_without_scene(request), note)
-        if found is not None:
-            return found
+        search, trial = _try_sfm(request, _claimed_without_scene(request), note)
+        if search is not None:
+            return search
         distributed.run_on_first(lambda: record.add(trial).save(request.folder))
         note = f'{note} Rejected: {trial.problem} Tried next: search="dictionary".'
         name = "dictionary"
@@ -256,18 +256,18 @@ def _try_sfm(
         result = distributed.run_on_first(lambda: _register(request))
         if result.model is None or result.share < MIN_REGISTERED:
             return None, Trial("sfm", None, " ".join(result.describe()))
-        found = PoseSearch(_sfm_config(request.config), result.model, (choice, *result.describe()))
+        search = PoseSearch(_sfm_config(request.config), result.model, (choice, *result.describe()))
         try:
-            _, scene, settings = request.prepare(found)
+            _, scene, settings = request.prepare(search)
         except DataError as error:
             return None, Trial("sfm", None, f"{error}.")
-        config = replace(found.config, unbounded=choose_unbounded(found.config, scene))
+        config = replace(search.config, unbounded=choose_unbounded(search.config, scene))
         check = Training(config, scene, request.folder / SFM_FOLDER / "check", settings, request.progress)
         assert scene.initial_poses is not None
         cross = check.cross_fit("sfm", scene.initial_poses, scene).cross
     limit = MAX_CROSS["unbounded" if config.unbounded == "yes" else scene.layout]
     if cross <= limit:
-        return found, Trial("sfm", cross)
+        return search, Trial("sfm", cross)
     problem = f"a field fitted to half of the views leaves {cross:.2f} > {limit:g} of the variance of the others."
     return None, Trial("sfm", cross, problem)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from factorkit.engine.run_folder import CONFIG, read_object, read_settings, write_json
-from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK
-from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER
+from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK, own_checks
+from factorkit.nerfdiff.registered_views import LOCALISED, MODEL_FOLDER, SFM_FOLDER
 from factorkit.nerfdiff.training_views import SEARCH_FILE
 from factorkit.nerfdiff.verdict import log_lines
-from factorkit.report.content import describe_check, judged_alarms, read_checks
-from factorkit.utils.files import read_log
+from factorkit.report.content import describe_check, judged_alarms
+from factorkit.utils.errors import CheckpointError
+from factorkit.utils.files import is_number, read_log
 
 REJECTED_FOLDER = "rejected"  # in a run folder, for the trainings of rejected searches
 #: cameras of structure from motion are where the photos were taken, be it on one side; those of the dictionary collapse
@@ -53,7 +54,7 @@ class Trial:
 
     def is_better_than(self, other: Trial) -> bool:
         """Return whether this result shall be kept in place of another one that was rejected."""
-        is_lower = self.cross is not None and other.cross is not None and self.cross < other.cross
+        is_lower = self.cross is not None and (other.cross is None or self.cross < other.cross)
         return not self.problem or is_lower
 
     def describe(self) -> str:
@@ -81,7 +82,7 @@ class SearchRecord:
 
     def add(self, trial: Trial) -> SearchRecord:
         """Return the record with a trial, in place of an earlier one of the same search."""
-        trials = {known.search: known for known in self.trials} | {trial.search: trial}
+        trials = {other.search: other for other in self.trials} | {trial.search: trial}
         return SearchRecord(tuple(trials.values()), self.next)
 
     def save(self, folder: Path) -> None:
@@ -93,8 +94,12 @@ class SearchRecord:
         self.save(folder)
         lines = [*(f"Tried {trial.describe()}" for trial in self.trials), *notes]
         if len(self.trials) > 1:
-            are_rejected = all(trial.problem for trial in self.trials)
-            reason = ", although alarms rejected it: no search has a lower held-out error" if are_rejected else ""
+            reason = ""
+            if all(trial.problem for trial in self.trials):
+                measured = sum(trial.cross is not None for trial in self.trials)
+                ground = ("no held-out error was measured", "the held-out error of the other one was not measured")
+                comparison = (*ground, "no search has a lower held-out error")[measured]
+                reason = f", although alarms rejected it: {comparison}"
             lines.append(f'Kept search="{kept}"{reason}.')
         log_lines(folder, "search", lines)
         return lines
@@ -109,15 +114,27 @@ def load_record(folder: Path) -> SearchRecord:
     if not (folder / SEARCH_FILE).is_file():
         return SearchRecord()
     values = read_object(folder / SEARCH_FILE)
-    return SearchRecord(tuple(Trial(**trial) for trial in values["trials"]), values["next"])
+    try:
+        trials = tuple(Trial(**trial) for trial in values["trials"])
+        for trial in trials:
+            if not (isinstance(trial.search, str) and isinstance(trial.problem, str) and is_number(trial.cross or 0.0)):
+                raise TypeError(f"{trial} is no trial")
+        if not isinstance(values["next"], str):
+            raise TypeError(f"next={values['next']!r} is no search")
+        return SearchRecord(trials, values["next"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / SEARCH_FILE} cannot be read: {error!r}. Restore it, or delete it") from error
 
 
 def judge_run(folder: Path, search: str) -> Trial:
-    """Return the trial of a finished run, by its newest checks of cameras."""
-    log = read_log(folder)
+    """Return the trial of a finished run, by the newest checks of cameras that its training recorded.
+
+    A later evaluation does not change it: the call that trained a run loads it.
+    """
+    alarms = judged_alarms(read_log(folder))[0] or {}
     names = CAMERA_CHECKS if search == "sfm" else CAMERA_CHECKS | SPREAD_CHECKS
-    failed = [check for check in read_checks(log) if check.get("name") in names and check.get("status") == "failed"]
-    cross = (judged_alarms(log)[0] or {}).get("held_out_cross")
+    failed = [check for check in own_checks(alarms) if check.get("name") in names and check.get("status") == "failed"]
+    cross = alarms.get("held_out_cross")
     problem = "; ".join(map(describe_check, failed))
     return Trial(search, None if cross is None else float(cross), problem)
 
@@ -126,7 +143,8 @@ def exchange(folder: Path, search: str, settings: dict[str, Any]) -> None:
     """Set the training of another search aside, and take up that of a search where it was set aside.
 
     The training of a rejected search moves into ``rejected/<its search>``; the folder is then of a run without a scene.
-    What structure from motion found stays. A call that was interrupted is completed by the next one.
+    What structure from motion found stays; a copy of its cameras follows its training, whose photos need them. A call
+    that was interrupted is completed by the next one.
 
     Args:
         folder: of the run, which is locked.
@@ -137,6 +155,8 @@ def exchange(folder: Path, search: str, settings: dict[str, Any]) -> None:
     if "scene" in stored and stored["search"] != search:
         target = folder / REJECTED_FOLDER / stored["search"]
         _move_training(folder, target)
+        if stored["search"] == "sfm" and (folder / MODEL_FOLDER).is_dir():
+            shutil.copytree(folder / MODEL_FOLDER, target / MODEL_FOLDER, dirs_exist_ok=True)
         shutil.copyfile(folder / CONFIG, target / CONFIG)
         write_json(folder / CONFIG, settings)
     source = folder / REJECTED_FOLDER / search

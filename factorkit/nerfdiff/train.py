@@ -349,9 +349,9 @@ def _prepare(
     data: Any, search: PoseSearch, preset: str, device: torch.device, reading: dict[str, Any], box: float | None
 ) -> tuple[Views, Scene, dict[str, Any]]:
     """Return the views at the run's resolution, the scene, and the settings that are stored with the run."""
-    config, given_poses = search.config, None
+    config, data_poses = search.config, None
     if search.model is not None:
-        views, given_poses = open_registered_views(data, reading, search.model, config.resolution)
+        views, data_poses = open_registered_views(data, reading, search.model, config.resolution)
     elif isinstance(data, Views):
         views = open_views(data, **reading)
     else:
@@ -382,6 +382,6 @@ def _prepare(
         )
     scene_settings = describe_scene(scene, views, known_poses)
     if search.model is not None:  # the poses of the data, in other coordinates, serve for scoring only
-        views = dataclasses.replace(views, poses=given_poses)
-        scene = dataclasses.replace(scene, initial_poses=scene.poses, poses=given_poses)
+        views = dataclasses.replace(views, poses=data_poses)
+        scene = dataclasses.replace(scene, initial_poses=scene.poses, poses=data_poses)
     return views, scene, {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": scene_settings}

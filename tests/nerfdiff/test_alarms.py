@@ -151,6 +151,14 @@ def test_pose_alarms_few_cameras_far_below_the_search_are_strays():
         assert names(pose_alarms(moved, min_elevation=-10.0)) == []
 
 
+def test_pose_alarms_most_cameras_inverted_strays_are_not_run():
+    upside_down = evenly(20, 360) @ torch.diag(torch.tensor([-1.0, -1, 1, 1]))
+    alarms = pose_alarms(upside_down, min_elevation=5.0)
+    assert names(alarms) == ["mirror"]
+    (stray,) = [check for check in alarms["checks"] if check["name"] == "stray cameras"]
+    assert stray["status"] == "not run" and stray["reason"] == "since most cameras are inverted"
+
+
 def test_scene_alarms_true_cameras_raise_none(scene, field):
     result = scene_alarms(CONFIG, scene, field, scene.poses)
     assert result["failures"] == [] and not result["mirrored"] and result["inverted"] == 0

@@ -37,8 +37,8 @@ SIZE = (192, 256)
 LENS = Distortion(k1=0.2, p1=0.05, p2=0.05)
 
 
-def make_poses(count=4):
-    eye = torch.tensor([[0.6 * i - 1, -2.0 + 0.2 * i, 2.5 + 0.1 * i] for i in range(count)]).double()
+def make_poses(count=4, step=1.0):
+    eye = torch.tensor([[0.6 * i - 1, -2.0 + 0.2 * i, 2.5 + 0.1 * i] for i in step * np.arange(count)]).double()
     return look_at(eye, torch.zeros(3).double(), torch.tensor([0.0, 0, 1]).double())
 
 
@@ -137,6 +137,26 @@ def test_check_epipolar_most_views_without_matches_is_not_run():
     views = [*make_views(make_poses()), *make_views(make_poses(5), texture=False)]
     check = check_epipolar(views, torch.cat([make_poses(), make_poses(5)])).check
     assert check.status == "not run" and "5 pairs of views, with 4 of 9 views, have 16 matches" in check.not_run
+
+
+def test_check_epipolar_two_views_are_not_run_and_say_how_many_pairs_are_needed():
+    check = check_epipolar(make_views(make_poses(2)), make_poses(2)).check
+    assert (
+        "1 pair of views, with 2 of 2 views" in check.not_run and "3 pairs with 50% of the views are" in check.not_run
+    )
+
+
+@pytest.mark.parametrize(("step", "is_run"), [(0.05, False), (0.5, True)])
+def test_check_epipolar_matches_that_hardly_move_are_not_run_as_wrong_cameras_would_pass(step, is_run):
+    matches = match_views(make_views(make_poses(5, step)))
+    in_one_place = make_poses(1).repeat(5, 1, 1)
+    in_one_place[:, :3, 3] += torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 100
+    names = list("abcde")
+    share = judge_matches(matches._replace(not_run=""), in_one_place, names).check.value
+    assert (share >= MIN_EPIPOLAR_SHARE) != is_run
+    check = judge_matches(matches, in_one_place, names).check
+    assert check.status == ("failed" if is_run else "not run")
+    assert is_run or (check.not_run.startswith("since matched points move by 0.") and "less than 1:" in check.not_run)
 
 
 def test_check_epipolar_without_opencv_is_not_run(monkeypatch):

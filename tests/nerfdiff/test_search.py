@@ -16,6 +16,7 @@ from factorkit.engine.run_folder import claimed, write_json
 from factorkit.metrics.pose import pose_errors
 from factorkit.nerfdiff import search, search_record, train, unregistered
 from factorkit.nerfdiff.registered_views import LOCALISED, SFM_FOLDER, LocalisedViews
+from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.search import Trial
 from factorkit.nerfdiff.stages.sfm import MODEL, RESULT, SfmResult
 from factorkit.nerfdiff.train import estimate, train_nerfdiff
@@ -59,6 +60,8 @@ def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
     assert 'Tried search="sfm": held-out error' in text
     assert "left out of the training: 3_blurred.png." in (tmp_path / "run/report.html").read_text()
     assert run.localised.names == ("3_blurred.png",) and run.localised.poses.shape == (1, 4, 4)
+    checked = {name for pair in run.check_epipolar().pairs for name in pair["views"]}
+    assert checked <= set(run.views.names) and len(checked) >= 6  # 3_blurred.png has another kind of pose
     run.export(tmp_path / "transforms.json")
     frames = json.loads((tmp_path / "transforms.json").read_text())["frames"]
     assert len(frames) == len(poses) + 1
@@ -69,6 +72,10 @@ def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
     again = train_nerfdiff(photos, out=tmp_path / "run", **settings)  # finished: it is loaded
     assert torch.equal(again.poses, run.poses)
     assert again.localised.names == () and again.localised.others == ("3_blurred.png",)
+    pairs = again.check_epipolar().pairs
+    search_record.exchange(tmp_path / "run", "dictionary", {"model": "nerfdiff", "search": "auto"})
+    rejected = NerfdiffRun.load(tmp_path / "run/rejected/sfm", device="cpu")  # it still has its photos
+    assert pairs and rejected.check_epipolar().pairs == pairs
 
 
 @pytest.mark.slow

@@ -7,16 +7,29 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from factorkit.engine.run_folder import write_json
 from factorkit.engine.run_log import RunLog
 from factorkit.nerfdiff import search, search_record
 from factorkit.nerfdiff.box import box_checks
+from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK, record_check
 from factorkit.nerfdiff.held_out import forward_direction_check
 from factorkit.nerfdiff.hull import HULL_CHECK
+from factorkit.nerfdiff.registered_views import LOCALISED, MODEL_FOLDER, load_localised
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.search_record import CAMERA_CHECKS, SPREAD_CHECKS, SearchRecord, Trial, judge_run
+from factorkit.nerfdiff.search_record import (
+    CAMERA_CHECKS,
+    SPREAD_CHECKS,
+    SearchRecord,
+    Trial,
+    exchange,
+    judge_run,
+    load_record,
+)
 from factorkit.nerfdiff.stages import stage_training
+from factorkit.nerfdiff.stages.sfm import RESULT, load_result
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.report.content import Check, log_checks, read_checks
+from factorkit.utils.errors import CheckpointError
 from factorkit.utils.files import read_log
 from tests.nerfdiff.registered import stand_in
 
@@ -64,6 +77,97 @@ def test_judge_run_all_checks_of_a_run_are_of_cameras_or_named_here(finished):
     assert {*names, forward_direction_check(finished.poses).name} >= of_cameras
     box = {check.name for check in box_checks(finished.model.field, None, finished.poses, "forward")}
     assert names - of_cameras == {*box, HULL_CHECK, "disparity noise"}
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 0.9])
+def test_judge_run_checks_of_a_later_evaluation_do_not_count(tmp_path, share):
+    def make_check(value):
+        return Check(EPIPOLAR_CHECK, value, low=0.85, failures=("sentence",) if value < 0.85 else ())
+
+    with RunLog(tmp_path) as log:
+        log.event("alarms", step=1, **log_checks([] if share is None else [make_check(share)]))
+    expected = judge_run(tmp_path, "sfm")
+    assert bool(expected.problem) == (share == 0.5)
+    for later in (0.4, 0.95, 0.3):
+        record_check(tmp_path, 1, make_check(later), is_later=True)
+        assert judge_run(tmp_path, "sfm") == expected
+        assert read_checks(read_log(tmp_path))[-1]["value"] == later
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "{}", '{"trials": null, "next": ""}', '{"trials": [], "next": 3}', '{"trials": "sfm", "next": ""}'),
+        *('{"trials": [{"search": "sfm", "score": 1}], "next": ""}', '{"trials": [{"search": 3}], "next": ""}'),
+        *('{"trials": [{}], "next": ""}', '{"trials": [{"search": "sfm", "cross": "0.3"}], "next": ""}'),
+    ],
+)
+def test_load_record_damaged_file_is_named(tmp_path, text):
+    (tmp_path / "search.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"search\.json cannot be read"):
+        load_record(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"poses": [[1]], "names": [], "others": []}'])
+def test_load_localised_damaged_file_is_named(tmp_path, text):
+    (tmp_path / LOCALISED).parent.mkdir(parents=True)
+    (tmp_path / LOCALISED).write_text(text)
+    with pytest.raises(CheckpointError, match=r"localised\.json cannot be read"):
+        load_localised(tmp_path)
+
+
+@pytest.mark.parametrize("result", ["{}", "[]", '{"model": null, "registered": 3}', '{"model": null, "score": 1}'])
+def test_load_result_damaged_file_is_named(tmp_path, result):
+    (tmp_path / RESULT).write_text(f'{{"result": {result}}}')
+    with pytest.raises(CheckpointError, match=r"sfm\.json cannot be read"):
+        load_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "other", "reason"),
+    [
+        (0.3, 0.5, "no search has a lower held-out error"),
+        (0.3, None, "the held-out error of the other one was not measured"),
+        (None, None, "no held-out error was measured"),
+    ],
+)
+def test_search_record_both_rejected_keeps_the_one_that_was_measured(tmp_path, kept, other, reason):
+    trials = Trial("sfm", kept, "x"), Trial("dictionary", other, "x")
+    assert trials[0].is_better_than(trials[1]) == (kept is not None) and not trials[1].is_better_than(trials[0])
+    assert SearchRecord(trials).store(tmp_path, "sfm")[-1] == (
+        f'Kept search="sfm", although alarms rejected it: {reason}.'
+    )
+
+
+def test_exchange_rejected_structure_from_motion_keeps_a_copy_of_its_cameras(tmp_path, monkeypatch):
+    def write_run(folder, name):
+        write_json(folder / "config.json", {"search": name, "scene": {}})
+        (folder / "views.npz").write_text(name)
+
+    (tmp_path / MODEL_FOLDER).mkdir(parents=True)
+    for name in ("cameras.bin", "images.bin"):
+        (tmp_path / MODEL_FOLDER / name).write_text(name)
+    write_run(tmp_path, "sfm")
+    rejected = tmp_path / "rejected/sfm"
+
+    def copy_one(source, target, **options):
+        target.mkdir(parents=True)
+        (target / "images.bin").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_record.shutil, "copytree", copy_one)
+        with pytest.raises(KeyboardInterrupt):
+            exchange(tmp_path, "dictionary", {"search": "auto"})
+    exchange(tmp_path, "dictionary", {"search": "auto"})
+    assert (rejected / "views.npz").read_text() == "sfm"
+    for folder in (tmp_path, rejected):
+        for name in ("cameras.bin", "images.bin"):
+            assert (folder / MODEL_FOLDER / name).read_text() == name
+    write_run(tmp_path, "dictionary")
+    exchange(tmp_path, "sfm", {"search": "auto"})
+    assert (tmp_path / "views.npz").read_text() == "sfm" and not rejected.exists()
+    assert not (tmp_path / "rejected/dictionary/stages").exists()
 
 
 def test_search_record_add_again_keeps_the_order():

@@ -81,7 +81,7 @@ class Originals:
             if problem is not None:
                 height, width = self.stored.size
                 warnings.warn(
-                    f"{problem}: images and cameras are written at {width} x {height} pixels, the size of the "
+                    f"{problem}: images and cameras are read at {width} x {height} pixels, the size of the "
                     "training, without lens distortion. Give the training data by data= (--data)",
                     stacklevel=3,
                 )

@@ -36,7 +36,7 @@ from factorkit.nerfdiff.stages.matches import (
     opened,
     write_images,
 )
-from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.errors import CheckpointError, DataError, format_count
 
 VERSION = 2  # of this procedure, part of the key of stored results
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
@@ -151,11 +151,14 @@ def load_result(folder: Path) -> SfmResult | None:
         CheckpointError: the file is damaged.
     """
     values = read_object(folder / RESULT).get("result") if (folder / RESULT).is_file() else None
-    if values is None or (values["model"] is not None and not (folder / MODEL / "images.bin").is_file()):
-        return None
-    names = ("registered", "unregistered", "other_models", "still_pairs", "plain")
-    lists = {name: tuple(values.get(name, ())) for name in names}
-    return SfmResult(**(values | lists | {"model": None if values["model"] is None else folder / MODEL}))
+    try:
+        if values is None or (values["model"] is not None and not (folder / MODEL / "images.bin").is_file()):
+            return None
+        names = ("registered", "unregistered", "other_models", "still_pairs", "plain")
+        lists = {name: tuple(values.get(name, ())) for name in names}
+        return SfmResult(**(values | lists | {"model": None if values["model"] is None else folder / MODEL}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / RESULT} cannot be read: {error!r}. Restore it, or delete it") from error
 
 
 def _load(folder: Path, key: str) -> SfmResult | None:
@@ -203,9 +206,9 @@ def _map_images(
     # without a bar: COLMAP reports nothing in between
     line = f"sfm: cameras of {format_count(len(images), 'image')}, all at once"
     with tqdm(desc=line, bar_format="{desc}", disable=not progress, leave=False):
-        found = colmap.global_mapping(path, folder, work, options)
+        mapped = colmap.global_mapping(path, folder, work, options)
     shutil.rmtree(work)
-    models = [model for model in found.values() if _median_points(model) >= MIN_IMAGE_POINTS]
+    models = [model for model in mapped.values() if _median_points(model) >= MIN_IMAGE_POINTS]
     models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
     if not models:
         return SfmResult((), tuple(names), None, reason, plain=tuple(plain))

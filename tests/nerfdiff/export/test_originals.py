@@ -21,14 +21,17 @@ from factorkit.data.views.cameras import Distortion, FisheyeDistortion
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
 from factorkit.metrics.pose import align_poses
+from factorkit.nerfdiff.epipolar_check import EPIPOLAR_CHECK, EpipolarCheck
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.export.cameras import COLMAP_FILES, make_colmap, make_transforms
 from factorkit.nerfdiff.export.images import list_stored
+from factorkit.nerfdiff.export.originals import find_originals
 from factorkit.nerfdiff.export.shapes import Shape
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.nerfdiff.training_views import describe_data, store_views
+from factorkit.report.content import Check
 from factorkit.utils.errors import ConfigError, DataError
 
 pycolmap = pytest.importorskip("pycolmap")
@@ -292,12 +295,29 @@ def test_export_of_a_distorted_run_keeps_pixels_and_lens(tmp_path, run_of):
     np.testing.assert_array_equal(view.read_image(), own.read_image())
 
 
+def test_check_epipolar_localised_images_are_left_out(scene, run_of, monkeypatch):
+    run = run_of(scene)
+    originals = find_originals(run.folder)
+    with_localised = replace(originals, localised=originals.data[:1])
+    assert len(with_localised.list_images(*run.camera_changes)) == len(run.poses) + 1
+    monkeypatch.setattr("factorkit.nerfdiff.run.find_originals", lambda folder, data: with_localised)
+    lists = []
+
+    def check(views, poses, progress):
+        lists.append([view.name for view in views])
+        return EpipolarCheck(Check(EPIPOLAR_CHECK, not_run="since it is a stand-in"), None, None, [])
+
+    monkeypatch.setattr("factorkit.nerfdiff.run.check_epipolar", check)
+    run.check_epipolar()
+    assert lists == [run.views.names]
+
+
 @pytest.mark.slow
 def test_export_data_elsewhere_is_found_by_the_argument(tmp_path, run_of):
     data = write_scene(tmp_path / "data")
     run = run_of(data)
     moved = data.rename(tmp_path / "moved")
-    with pytest.warns(UserWarning, match=r"not in .*data any more: images and cameras are written at 8 x 8 pixels"):
+    with pytest.warns(UserWarning, match=r"not in .*data any more: images and cameras are read at 8 x 8 pixels"):
         path = run.export(tmp_path / "small" / "transforms.json")
     small = open_views(path.parent)
     assert small.size == (8, 8) and small.masks is not None
