@@ -89,9 +89,9 @@ def test_compute_of_latents_counts_every_autoencoder_and_names_what_is_unknown()
         part |= dict.fromkeys(("frechet", "grain", "precision", "recall", "frechet_photos", "frechet_noise"), 0.0)
         return part | dict.fromkeys(("photos_precision", "photos_recall"), 0.0) | changes
 
-    own = {"encoding_seconds": 10.0, "autoencoder_seconds": 50.0, "autoencoder_given": False}
-    given = {**own, "autoencoder_given": True, "training_seconds": 50.0}
-    unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "autoencoder_given": True}
+    own = {"encoding_seconds": 10.0, "autoencoder_seconds": 50.0, "own_autoencoder": True}
+    given = {**own, "own_autoencoder": False, "training_seconds": 50.0}
+    unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "own_autoencoder": False}
     text = score_tables.format_generation(describe(**own, ddpm=describe(**given)))
     assert "drawn images: training s with 10 s for encoding the photos and with 50 s for its autoencoder\n" in text
     assert (
