@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.views.cameras import Distortion, FisheyeDistortion, refine_lens, undistort
+from factorkit.data.views.cameras import Distortion, FisheyeDistortion, refine_lens
 from factorkit.nerfdiff import search, unregistered
 from factorkit.nerfdiff.rays import straighten_points
 from factorkit.nerfdiff.stages.sfm import MODEL
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import orbit
-from factorkit.utils.errors import ConfigError
 from tests.nerfdiff import registered
 from tests.nerfdiff.textured import make_intrinsics_of, render_photo
 
