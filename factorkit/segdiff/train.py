@@ -135,7 +135,7 @@ def train_segdiff(
         dataset, prepared, probes = load_data(
             data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
         )
-    settled = settled.for_images(len(prepared))
+    settled = settled.for_images(len(prepared), describe_data(dataset, prepared))
     config = settled.config.resolved()
     notes = "\n".join(line for line in (note, settled.note, advise_size(preset, config)) if line)
     if progress and notes:
