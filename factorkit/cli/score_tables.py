@@ -67,6 +67,7 @@ def format_generation(scores: dict[str, Any]) -> str:
     elif "ddpm_command" in scores:
         advice = f"train one for as long ({scores['ddpm_seconds']:.0f} s), and give it by --ddpm {scores['ddpm_out']}"
         lines += [f"no plain DDPM to compare with: {advice}", f"    {scores['ddpm_command']}"]
+        lines += [f"    TRAINING_PHOTOS: {scores['ddpm_data']}"] if "ddpm_data" in scores else []
     if "mask_agreement" in scores:
         lines.append(
             f"masks: segmenting a drawn image gives {scores['mask_agreement']:.1%} of its pixels the region that they "
