@@ -12,12 +12,14 @@ from tyro.conf import arg
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OptionalName, OptionalPath, Result, RunCommand
 from factorkit.cli.score_tables import format_generation, format_pose_scores, format_scores
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 from factorkit.utils.files import sibling
 
 if TYPE_CHECKING:
     from factorkit.report.content import ReportContent
     from factorkit.segdiff.run import SegdiffRun
+
+TRAINING_PHOTOS = "TRAINING_PHOTOS"  # in a printed command, for the user to replace
 
 
 @dataclass(kw_only=True)
@@ -243,25 +245,36 @@ class Evaluate(RunCommand):
 
 
 def _advise_ddpm(run: SegdiffRun, folder: Path, photos: Path) -> dict[str, Any]:
-    """Return the command that trains a plain DDPM for as long as the run, its folder, and the seconds of its steps."""
+    """Return the command that trains a plain DDPM for as long as the run, its folder, and the seconds of its steps.
+
+    It trains on the images of the run: ``photos`` if these are the same, else the user has to say where they are, and
+    ``ddpm_data`` names them.
+    """
     from factorkit.engine.run_folder import read_settings
     from factorkit.segdiff.equal_compute import choose_plain_ddpm
+    from factorkit.segdiff.training_images import is_training_data
 
     choice = choose_plain_ddpm(run, folder)
     if choice is None:
         return {}
     settings, seconds = choice
-    name = str(read_settings(folder).get("data", {}).get("name"))
+    data: dict[str, Any] = read_settings(folder).get("data", {})
+    name, advice = str(data.get("name")), {}
     if not name.startswith("procedural "):
         names = photos.resolve().name, photos.resolve().parent.name
-        settings["data"] = photos.parent if names[1] == name != names[0] else photos  # of PHOTOS/images
+        path = photos.parent if names[1] == name != names[0] else photos  # of PHOTOS/images
+        known = is_training_data(path, data, run.config)
+        settings["data"] = path if known else TRAINING_PHOTOS
+        if not known:
+            count = f" ({format_count(data['images'], 'image')})" if "images" in data else ""
+            advice = {"ddpm_data": f"the photos that the run was trained on, {name}{count}"}
     settings["out"] = sibling(folder, "_plain")
     words = ["factorkit", "train", "segdiff"]
     for option, value in settings.items():
         words.append(f"--{'no-' if value is False else ''}{option.replace('_', '-')}")
         if not isinstance(value, bool):
             words += map(str, value if isinstance(value, tuple) else [value])
-    return {"ddpm_command": shlex.join(words), "ddpm_out": str(settings["out"]), "ddpm_seconds": seconds}
+    return advice | {"ddpm_command": shlex.join(words), "ddpm_out": str(settings["out"]), "ddpm_seconds": seconds}
 
 
 def _add_verdict(folder: Path | None, content: ReportContent, scores: dict[str, Any], text: str) -> Result:

@@ -59,14 +59,15 @@ def format_generation(scores: dict[str, Any]) -> str:
         f"{format_count(scores['images'], 'image')} each, {scores['sampler']} in {scores['steps']} steps, {scale}; "
         f"Fréchet distances in fixed random features, which are no FID{no_fid}"
     )
-    lines += [f"{name}: {_describe_latents(row)}" for name, row in rows if "autoencoder_given" in row]
+    lines += [f"{name}: {_describe_latents(row)}" for name, row in rows if "own_autoencoder" in row]
     own, plain = (_sum_seconds(row) for row in (scores, scores.get("ddpm", {})))
     if own and plain and not 0.8 < plain / own < 1.25:
-        given = ", with the autoencoder" * any(row.get("autoencoder_seconds") for _, row in rows)
-        lines.append(f"not of equal compute: the plain DDPM was trained {plain / own:.2g} times as long{given}")
+        note = ", with the autoencoder" * any(row.get("autoencoder_seconds") for _, row in rows)
+        lines.append(f"not of equal compute: the plain DDPM was trained {plain / own:.2g} times as long{note}")
     elif "ddpm_command" in scores:
         advice = f"train one for as long ({scores['ddpm_seconds']:.0f} s), and give it by --ddpm {scores['ddpm_out']}"
         lines += [f"no plain DDPM to compare with: {advice}", f"    {scores['ddpm_command']}"]
+        lines += [f"    TRAINING_PHOTOS: {scores['ddpm_data']}"] if "ddpm_data" in scores else []
     if "mask_agreement" in scores:
         lines.append(
             f"masks: segmenting a drawn image gives {scores['mask_agreement']:.1%} of its pixels the region that they "
@@ -80,20 +81,20 @@ def _describe_latents(scores: dict[str, Any]) -> str:
     autoencoder = scores["autoencoder_seconds"]
     parts = (
         (scores["encoding_seconds"], True, "encoding the photos"),
-        (autoencoder, not scores["autoencoder_given"], "its autoencoder"),
+        (autoencoder, scores["own_autoencoder"], "its autoencoder"),
     )
     words = [
         f"{'with' if counted and seconds is not None else 'without'} "
         f"{'an unknown time' if seconds is None else f'{seconds:.0f} s'} for {what}"
         for seconds, counted, what in parts
     ]
-    return f"training s {' and '.join(words)}" + ", which was given" * scores["autoencoder_given"]
+    return f"training s {' and '.join(words)}" + ", which was given" * (not scores["own_autoencoder"])
 
 
 def _sum_seconds(scores: dict[str, Any]) -> float:
     """Return the seconds of a training and of the autoencoder that was given to it, as far as they are known."""
-    given = scores["autoencoder_seconds"] if scores.get("autoencoder_given") else 0
-    return scores.get("training_seconds", 0) + (given or 0)
+    other = 0 if scores.get("own_autoencoder", True) else scores["autoencoder_seconds"]
+    return scores.get("training_seconds", 0) + (other or 0)
 
 
 def format_pose_scores(scores: dict[str, Any]) -> str:

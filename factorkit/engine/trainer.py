@@ -70,6 +70,15 @@ class StopSignal:
                 signal.signal(number, handler)
 
 
+def check_steps(folder: Path, step: int, steps: int) -> None:
+    """Raise ConfigError if the run in a folder has more steps than are asked for."""
+    if step > steps:
+        raise ConfigError(
+            f"the run in {folder} has {step} steps already, more than steps={steps}; give at least as many, or another "
+            "out="
+        )
+
+
 class Trainer:
     """Trains ``task`` in a run folder until ``config.steps``, resuming from the newest checkpoint there.
 
@@ -116,11 +125,7 @@ class Trainer:
         step = self._manager.load()
         if step is None:
             return False
-        if step > self.config.steps:
-            raise ConfigError(
-                f"the run in {self.folder} has {step} steps already, more than steps={self.config.steps}; give at "
-                "least as many, or another out="
-            )
+        check_steps(self.folder, step, self.config.steps)
         self.step = step
         return True
 

@@ -70,9 +70,14 @@ class Backbone:
         """Return numbers that no model has more of than weights."""
         raise NotImplementedError
 
-    def check(self, regions: int, half_resolution_masks: bool) -> None:
-        """Raise ConfigError for sizes that cannot be built."""
+    def check(self, regions: int, half_resolution_masks: bool, latent_factor: int) -> None:
+        """Raise ConfigError for sizes that cannot be built; it names the resolution of the photos, a factor larger."""
         raise NotImplementedError
+
+    def describe_side(self, latent_factor: int) -> str:
+        """Return the resolution of the photos and, if it is another, the network's own."""
+        place = f", in latents of {self.resolution} pixels," if latent_factor > 1 else ""
+        return f"resolution={self.resolution * latent_factor}{place}"
 
     def build_time(self) -> TimeEmbedding:
         """Build the embedding of time steps."""
@@ -136,14 +141,14 @@ class UNetBackbone(Backbone):
         channels = self.model_channels * max(self.channel_mult)
         return {"blocks": self.num_res_blocks, "levels": len(self.channel_mult), "channels": channels}
 
-    def check(self, regions: int, half_resolution_masks: bool) -> None:
+    def check(self, regions: int, half_resolution_masks: bool, latent_factor: int) -> None:
         """Raise ConfigError for sizes that cannot be built."""
         halvings = len(self.channel_mult) - 1
         if self.resolution < 1 or self.resolution % 2**halvings:
             nearest = max(1, round(self.resolution / 2**halvings)) * 2**halvings
             raise ConfigError(
-                f"resolution={self.resolution} cannot be halved {halvings} times, as {len(self.channel_mult)} levels "
-                f"require; use resolution={nearest}, or give channel_mult fewer numbers"
+                f"{self.describe_side(latent_factor)} cannot be halved {halvings} times, as {len(self.channel_mult)} "
+                f"levels require; use resolution={nearest * latent_factor}, or give channel_mult fewer numbers"
             )
         if regions > 1 and half_resolution_masks and not halvings:
             raise ConfigError(
@@ -240,14 +245,14 @@ class UViTBackbone(Backbone):
         """Return numbers that no model has more of than weights."""
         return {"depth": self.depth, "channels": self.model_channels, "patch_size": self.patch_size}
 
-    def check(self, regions: int, half_resolution_masks: bool) -> None:
+    def check(self, regions: int, half_resolution_masks: bool, latent_factor: int) -> None:
         """Raise ConfigError for sizes that cannot be built."""
         patch, heads = self.patch_size, self.num_heads
         if patch < 1 or self.resolution % patch or self.resolution < 2 * patch:
             fitting = [size for size in range(1, self.resolution // 2 + 1) if self.resolution % size == 0]
             raise ConfigError(
-                f"patch_size={patch} must divide resolution={self.resolution} into at least 2 patches a side; use one "
-                f"of {', '.join(map(str, fitting)) or 'none: a resolution of at least 2'}"
+                f"patch_size={patch} must divide {self.describe_side(latent_factor)} into at least 2 patches a side; "
+                f"use one of {', '.join(map(str, fitting)) or 'none: a resolution of at least 2'}"
             )
         if self.depth < 3 or self.depth % 2 == 0:
             raise ConfigError(

@@ -323,23 +323,18 @@ class ResolvedSegdiffConfig(SegdiffConfig):
             )
         if len(self.nesting) != 1:
             check_nesting(self.nesting, self.decoding, self.masks)
-        try:
-            for regions in self.nesting:
-                check_architecture(
-                    self.make_backbone(),
-                    regions=regions,
-                    decoding=self.decoding,
-                    branch_norm=self.branch_norm,
-                    region_tokens=self.region_tokens,
-                    half_resolution_masks=self.half_resolution_masks,
-                    masks=self.masks,
-                    normalised_logits=self.normalised_logits,
-                )
-        except ConfigError as error:
-            if not self.latent_channels:
-                raise
-            place = f"in latents of {self.side} pixels, {self.latent_factor} times smaller"
-            raise ConfigError(f"{place}: {error}") from error
+        for regions in self.nesting:
+            check_architecture(
+                self.make_backbone(),
+                regions=regions,
+                decoding=self.decoding,
+                branch_norm=self.branch_norm,
+                region_tokens=self.region_tokens,
+                half_resolution_masks=self.half_resolution_masks,
+                masks=self.masks,
+                normalised_logits=self.normalised_logits,
+                latent_factor=self.latent_factor,
+            )
 
     @property
     def size_multiple(self) -> int:

@@ -272,7 +272,7 @@ def encode_images(
         raise CheckpointError(f"latent={latent!r}: {error}; give another autoencoder, or latent='no'") from error
 
 
-def store_space(folder: Path, space: LatentSpace, encoding_seconds: float, source: str, given: bool) -> None:
+def store_space(folder: Path, space: LatentSpace, encoding_seconds: float, source: str, own: bool) -> None:
     """Write the autoencoder of a run into its folder, with the seconds that its latents took, unless it is there.
 
     Args:
@@ -280,11 +280,11 @@ def store_space(folder: Path, space: LatentSpace, encoding_seconds: float, sourc
         space: of the run.
         encoding_seconds: that encoding the images of the training took.
         source: where the autoencoder is from, as for :func:`open_autoencoder`.
-        given: it was not trained for this run alone.
+        own: it was trained for this run alone.
     """
     if not (folder / COPY_NAME).exists():
         cost = {"encoding_seconds": encoding_seconds, "autoencoder_seconds": read_training_seconds(Path(source))}
-        write_checkpoint(folder / COPY_NAME, space.tensors(), {"model": "latents", "autoencoder_given": given, **cost})
+        write_checkpoint(folder / COPY_NAME, space.tensors(), {"model": "latents", "own_autoencoder": own, **cost})
 
 
 def read_training_seconds(path: Path) -> float | None:
@@ -302,12 +302,12 @@ def read_cost(path: Path) -> dict[str, Any]:
     """Return what :func:`store_space` stored in the file ``path`` on the seconds that the latents of a run took.
 
     Returns:
-        encoding_seconds, autoencoder_seconds, each None where unknown; autoencoder_given.
+        encoding_seconds, autoencoder_seconds, each None where unknown; own_autoencoder.
     """
     _, meta = read_checkpoint(path)
     seconds = {name: meta.get(name) for name in ("encoding_seconds", "autoencoder_seconds")}
     known = {name: value if is_number(value) else None for name, value in seconds.items()}
-    return known | {"autoencoder_given": meta.get("autoencoder_given") is not False}
+    return known | {"own_autoencoder": meta.get("own_autoencoder") is True}
 
 
 def read_space(path: Path) -> LatentSpace:

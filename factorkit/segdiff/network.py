@@ -284,8 +284,12 @@ def check_architecture(
     half_resolution_masks: bool,
     masks: str,
     normalised_logits: bool,
+    latent_factor: int = 1,
 ) -> None:
-    """Raise ConfigError where the parts of a factorized denoiser cannot work together."""
+    """Raise ConfigError where the parts of a factorized denoiser cannot work together.
+
+    ``latent_factor`` is that of the photos' sides to the network's, as errors name the photos'.
+    """
     if regions < 1:
         raise ConfigError(f"regions={regions} must be at least 1; regions=1 is the plain DDPM")
     if decoding not in DECODINGS:
@@ -297,7 +301,7 @@ def check_architecture(
             f"masks={masks!r} has no mask generator whose logits could be normalised or at half resolution; "
             "leave normalised_logits= and half_resolution_masks= out"
         )
-    backbone.check(regions, half_resolution_masks)
+    backbone.check(regions, half_resolution_masks, latent_factor)
     if regions > 1 and decoding in ("concat", "masked_mid") and (branch_norm == "masked_group"):
         raise ConfigError(f"decoding={decoding!r} has no masked skips to normalise by area; use branch_norm='group'")
     if decoding == "concat" and region_tokens:

@@ -238,7 +238,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
             was drawn with, and ``mask_agreement_by_chance``, that of another image's regions; ``fid`` where Inception's
             weights are (:mod:`factorkit.metrics.frechet`), without averaging; ``training_seconds`` of a run folder,
             with its stages. For latents these hold ``encoding_seconds`` of the photos and ``autoencoder_seconds`` (None
-            where unknown), but not the latter of an autoencoder that was given (``autoencoder_given``).
+            where unknown), the latter only of an autoencoder trained for this run (``own_autoencoder``).
 
         Raises:
             ConfigError: an unknown sampler, or steps out of range.
@@ -278,7 +278,7 @@ class SegdiffRun(TrainedRun, Segmenter, Editor):
         if not self.config.latent_channels:
             return {"training_seconds": seconds}
         cost = read_cost(folder / COPY_NAME)
-        parts = [cost["encoding_seconds"], None if cost["autoencoder_given"] else cost["autoencoder_seconds"]]
+        parts = [cost["encoding_seconds"], cost["autoencoder_seconds"] if cost["own_autoencoder"] else None]
         return {"training_seconds": seconds + sum(part or 0 for part in parts), **cost}
 
     def evaluate_zero_shot(

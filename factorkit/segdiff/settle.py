@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import to_python
-from factorkit.engine.run_folder import CONFIG, read_settings
+from factorkit.engine.run_folder import CONFIG, check_claim, read_settings
 from factorkit.engine.run_log import RunLog
+from factorkit.engine.trainer import check_steps
 from factorkit.nn.autoencoder import Autoencoder
 from factorkit.report.content import judged_alarms
 from factorkit.segdiff.autoencoder import DOWNSAMPLING, SETTINGS, AutoencoderConfig, AutoencoderRun, train_autoencoder
 from factorkit.segdiff.config import PIXELS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.latents import COPY_NAME, open_autoencoder, read_space
 from factorkit.segdiff.object_stages import REGIONS_FILE
-from factorkit.segdiff.training_images import MIN_IMAGES
+from factorkit.segdiff.training_images import DATA_NAME, MIN_IMAGES
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, format_count
 from factorkit.utils.files import read_log, sibling
@@ -26,7 +29,7 @@ FEW_LATENTS = 16  # a side
 #: Sides of photos from which latents are the default, and from which their sides are 8 times smaller in place of 4
 MANY_PIXELS, VERY_MANY_PIXELS = 128, 256
 OWN_SUFFIX = "_autoencoder"  # of the folder of the autoencoder that a run trains first
-NEAREST_WITHIN = 256  # pixels: so far from a resolution that latents do not suit others are searched
+NEAREST_WITHIN = 512  # pixels: so far from a resolution that latents do not suit others are searched
 LATENTS_EVENT = "latents"  # in the log of a run: what it denoises, and why
 #: Settings that an autoencoder of a run's own shares with the run.
 SHARED_SETTINGS = ("resolution", "random_flip", "holdout", "mask_set", "seed", "device", "precision", "threads")
@@ -49,9 +52,19 @@ class Latents(NamedTuple):
     training: dict[str, Any] | None = None
     trained_steps: int = 0
 
-    def for_images(self, count: int) -> Latents:
-        """Return the same with as many images: too few train no autoencoder, so that the run denoises pixels."""
-        if not self.training or count >= MIN_IMAGES:
+    def for_images(self, count: int, data: dict[str, Any] | None = None) -> Latents:
+        """Return the same with as many images: too few train no autoencoder, so that the run denoises pixels.
+
+        Collective. ``data`` describes the images; None: unknown, any will do.
+
+        Raises:
+            CheckpointError: the folder of the autoencoder holds that of other images or settings, or something else.
+        ConfigError: it has more steps already.
+        """
+        if not self.training:
+            return self
+        if count >= MIN_IMAGES:
+            distributed.run_on_first(partial(check_own_autoencoder, Path(self.config.latent), self.training, data))
             return self
         note = f'latent="{PIXELS}": {format_count(count, "image")}, and an autoencoder takes {MIN_IMAGES}'
         return Latents(dataclasses.replace(set_sizes(self.config, 0, 1), latent=PIXELS), note)
@@ -119,31 +132,38 @@ def settle_own_autoencoder(config: SegdiffConfig, folder: Path) -> Latents:
     """Return the latents of an autoencoder that is trained in ``folder``, unless that is done. Collective.
 
     Raises:
-        ConfigError: a resolution that they do not suit; the message names the nearest that they do.
+        ConfigError: a resolution that they do not suit; the message names the nearest that works.
     """
     try:
         training, config = add_autoencoder(config)
     except ConfigError as error:
-        sizes = " or ".join(f"resolution={size}" for size in find_nearest(config))
-        if not sizes:
-            config.resolved()  # raises what is wrong with pixels too
-            raise ConfigError(f'{error}. latent="{PIXELS}" denoises pixels') from error
-        raise ConfigError(
-            f'resolution={config.resolution} does not suit the latents that latent="auto" denoises from {MANY_PIXELS} '
-            f'pixels on; use {sizes}, or latent="{PIXELS}" to denoise pixels, which takes many times longer'
-        ) from error
+        raise ConfigError(advise_resolution(config)) from error
     steps, done = training["steps"], 0
     if read_stored(folder, AutoencoderRun.MODEL):
         done = min(steps, distributed.run_on_first(Checkpoints(folder / "checkpoints").newest_step))
     state = f"is trained on these images first, for {steps} steps, in {folder}"
     if done:
-        state = "is finished, and used again" if done == steps else f"goes on from step {done} of {steps}"
+        state = (
+            "is finished, and used again for the same images"
+            if done == steps
+            else f"goes on from step {done} of {steps}"
+        )
         state = f"in {folder} {state}"
     note = (
         f"resolution={config.resolution}: the model denoises latents, many times faster than pixels. Their autoencoder "
         f'{state}; latent="{PIXELS}" denoises pixels'
     )
     return Latents(config, note, None, training, done)
+
+
+def check_own_autoencoder(folder: Path, training: dict[str, Any], data: dict[str, Any] | None) -> None:
+    """Raise the errors of training the autoencoder with these settings in a folder, without writing anything."""
+    config = AutoencoderConfig.from_dict(training)
+    if data is None and (folder / CONFIG).exists():
+        data = read_settings(folder).get("data")
+    settings = {"model": AutoencoderRun.MODEL, **config.to_dict(), "data": data}
+    check_claim(folder, settings, config.RESUMABLE | {DATA_NAME})
+    check_steps(folder, Checkpoints(folder / "checkpoints").newest_step(), config.steps)
 
 
 def add_autoencoder(config: SegdiffConfig) -> tuple[dict[str, Any], SegdiffConfig]:
@@ -162,14 +182,37 @@ def add_autoencoder(config: SegdiffConfig) -> tuple[dict[str, Any], SegdiffConfi
     return training, config
 
 
-def find_nearest(config: SegdiffConfig) -> list[int]:
-    """Return the nearest resolutions that latents suit, one below and one above, as far as there are any."""
+def advise_resolution(config: SegdiffConfig) -> str:
+    """Return why latents do not suit the resolution, and what works instead, in pixels of the photos.
+
+    Raises:
+        ConfigError: what is wrong beside the resolution.
+    """
+    sizes, nearest = find_nearest(config, add_autoencoder), find_nearest(config, SegdiffConfig.resolved)
+    try:
+        config.resolved()
+        slow = f'latent="{PIXELS}"'
+    except ConfigError:
+        if not nearest:
+            raise
+        slow = f'resolution={min(nearest, key=lambda size: abs(size - config.resolution))} with latent="{PIXELS}"'
+    reason = f'resolution={config.resolution} does not suit the latents that latent="auto" denoises from {MANY_PIXELS} '
+    reason += "pixels on" if sizes else f"pixels on, nor does any within {NEAREST_WITHIN} pixels of it"
+    listed = "".join(f"{' or ' * bool(i)}resolution={size}" for i, size in enumerate(sizes)) + ", or " * bool(sizes)
+    return f"{reason}; use {listed}{slow} to denoise pixels, which takes many times longer"
+
+
+def find_nearest(config: SegdiffConfig, check: Callable[[SegdiffConfig], object]) -> list[int]:
+    """Return the nearest resolutions that ``check`` does not refuse, one below and one above, as far as there are any.
+
+    They are divisible by 4, as those of latents are.
+    """
     size, step = config.resolution, DOWNSAMPLING[0]
     low, high = max(MANY_PIXELS, size - NEAREST_WITHIN), size + NEAREST_WITHIN
 
     def suits(resolution: int) -> bool:
         try:
-            add_autoencoder(dataclasses.replace(config, resolution=resolution))
+            check(dataclasses.replace(config, resolution=resolution))
         except ConfigError:
             return False
         return True

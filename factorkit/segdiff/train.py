@@ -118,15 +118,15 @@ def train_segdiff(
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     folder = Path(out) if out is not None else Path("runs") / preset
-    given = preset_config(preset, **changes)
-    device = distributed.local_device(resolve_device(given.device))
+    user_config = preset_config(preset, **changes)
+    device = distributed.local_device(resolve_device(user_config.device))
     join_processes(device)
-    distributed.check_batch(given.batch_size)  # before the images are prepared, which may take long
+    distributed.check_batch(user_config.batch_size)  # before the images are prepared, which may take long
     stored = read_stored(folder)
     settled = settle_latents(preset, changes, folder, stored)
-    given, note = settle_regions(settled.config, folder, stored)
-    settled = settled._replace(config=given)
-    config = given.resolved()
+    user_config, note = settle_regions(settled.config, folder, stored)
+    settled = settled._replace(config=user_config)
+    config = user_config.resolved()
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
@@ -135,7 +135,7 @@ def train_segdiff(
         dataset, prepared, probes = load_data(
             data, config.resolution, config.holdout, config.mask_set, progress, nested=len(config.nesting) > 1
         )
-    settled = settled.for_images(len(prepared))
+    settled = settled.for_images(len(prepared), describe_data(dataset, prepared))
     config = settled.config.resolved()
     notes = "\n".join(line for line in (note, settled.note, advise_size(preset, config)) if line)
     if progress and notes:
@@ -147,7 +147,7 @@ def train_segdiff(
         labels = image_classes.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
     settings["data"] = describe_data(dataset, prepared, labels)
-    if given.regions is None:
+    if user_config.regions is None:
         settings["regions"] = None  # until the stages have chosen it
     resumable = config.RESUMABLE | {DATA_NAME} | (STAGE_SETTINGS if config.masks != "auto" else set())
     autoencoder, space, inputs, encoding_seconds = settled.autoencoder, None, prepared.images, 0.0
@@ -164,7 +164,7 @@ def train_segdiff(
 
     def begin(folder: Path) -> None:
         if space is not None:
-            store_space(folder, space, encoding_seconds, config.latent, given=not settled.training)
+            store_space(folder, space, encoding_seconds, config.latent, own=bool(settled.training))
         log_latents(folder, settled.note)
 
     def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
@@ -182,7 +182,7 @@ def train_segdiff(
     run_folder = claimed(folder, settings, resumable)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         distributed.run_on_first(lambda: begin(folder))
-        if given.regions is None:
+        if user_config.regions is None:
             meta = settings | config.to_dict()
             stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
             settings["regions"] = regions = stages.choose_regions()
@@ -317,8 +317,8 @@ def estimate(
     folder = Path(out) if out is not None else Path("runs") / preset
     settled = settle_latents(preset, changes, folder, read_stored(folder))
     settled = settled.for_images(MIN_IMAGES if num_images is None else num_images)
-    given = settled.config
-    config = given.resolved()
+    user_config = settled.config
+    config = user_config.resolved()
     if classes is not None:
         config = dataclasses.replace(config, class_names=tuple(classes.names))
     device = resolve_device(config.device)
@@ -337,7 +337,7 @@ def estimate(
         first = estimate_autoencoder(**settled.training)["seconds"] * left / settled.training["steps"]
     return {
         "preset": preset,
-        "regions": given.regions,
+        "regions": user_config.regions,
         "parameters": parameters,
         "images_per_second": count / seconds,
         "seconds": config.steps * config.batch_size * seconds / count + stages.seconds + first,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.prepare import PreparedImages, prepare
 from factorkit.segdiff.task import NUM_PROBES
-from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MIN_IMAGES = 8  # to train on some and evaluate others
 DATA_NAME = "data.name"  # of a run's settings: the data's folder or file, which may move between resumes
@@ -54,6 +56,24 @@ def hold_out(dataset: Dataset, images: np.ndarray, probes: np.ndarray) -> tuple[
         held_out = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images) // 4)).round().astype(int)
         probes, images = images[held_out], np.delete(images, held_out, 0)
     return images, probes
+
+
+def is_training_data(path: Path, description: Mapping[str, Any], config: Any) -> bool:
+    """Return whether training with these settings on the data at a path takes the images that ``description`` is of.
+
+    Args:
+        path: anything that :func:`factorkit.data.open_source` accepts.
+        description: what :func:`describe_data` returned.
+        config: ``resolution``, ``holdout`` and ``mask_set`` are read.
+    """
+    try:
+        dataset = open_dataset(path, holdout=config.holdout, mask_set=config.mask_set)
+        if len(dataset.train) < description["images"]:
+            return False
+        own = describe_data(dataset, prepare(dataset.train, config.resolution, progress=False))
+    except (ConfigError, DataError, KeyError):
+        return False
+    return all(own[name] == description.get(name) for name in ("images", "sha256"))
 
 
 def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:

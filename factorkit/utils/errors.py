@@ -61,7 +61,12 @@ def first_line(error: BaseException) -> str:
 
 
 def first_mismatch(error: BaseException) -> str:
-    """Return the first of what tensors and a module do not have in common, by the error of load_state_dict."""
-    details = str(error).splitlines()[1:] or [first_line(error)]
+    """Return the first of what tensors and a module do not have in common, by the error of load_state_dict.
+
+    Of other errors the first line.
+    """
+    head, *details = str(error).splitlines() or [""]
+    if not head.startswith("Error(s) in loading state_dict") or not details:
+        details = [first_line(error)]
     more = f", and {len(details) - 1} more" if len(details) > 1 else ""
     return textwrap.shorten(details[0], 200, placeholder=" ...") + more

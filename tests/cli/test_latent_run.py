@@ -19,6 +19,7 @@ from factorkit.segdiff import equal_compute, settle
 from factorkit.segdiff.app import segment_photos
 from factorkit.segdiff.autoencoder import SETTINGS
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.training_images import describe_data, load_data
 from tests.data.flower_folder import write_flowers
 
 SIZES = {"resolution": 48, "masks": "network", "steps": 2, "device": "cpu"}
@@ -89,9 +90,9 @@ def test_compute_of_latents_counts_every_autoencoder_and_names_what_is_unknown()
         part |= dict.fromkeys(("frechet", "grain", "precision", "recall", "frechet_photos", "frechet_noise"), 0.0)
         return part | dict.fromkeys(("photos_precision", "photos_recall"), 0.0) | changes
 
-    own = {"encoding_seconds": 10.0, "autoencoder_seconds": 50.0, "autoencoder_given": False}
-    given = {**own, "autoencoder_given": True, "training_seconds": 50.0}
-    unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "autoencoder_given": True}
+    own = {"encoding_seconds": 10.0, "autoencoder_seconds": 50.0, "own_autoencoder": True}
+    given = {**own, "own_autoencoder": False, "training_seconds": 50.0}
+    unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "own_autoencoder": False}
     text = score_tables.format_generation(describe(**own, ddpm=describe(**given)))
     assert "drawn images: training s with 10 s for encoding the photos and with 50 s for its autoencoder\n" in text
     assert (
@@ -103,18 +104,32 @@ def test_compute_of_latents_counts_every_autoencoder_and_names_what_is_unknown()
     text = score_tables.format_generation(describe(**unknown, ddpm=describe(training_seconds=50.0)))
     assert "without an unknown time for encoding the photos and without an unknown time for its autoencoder" in text
     assert text.endswith("the plain DDPM was trained 0.5 times as long")
+    advice = {"ddpm_command": "factorkit train", "ddpm_out": "plain", "ddpm_seconds": 1.0, "ddpm_data": "the photos a"}
+    assert "\n    factorkit train\n    TRAINING_PHOTOS: the photos a" in score_tables.format_generation(
+        describe(**advice)
+    )
     assert "compared at 48 px; Fr" in score_tables.format_generation(describe(side=48))
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "data"),
+    ("name", "trained", "images", "data"),
     [
-        ("my photos", "my photos/images", "my photos"),
-        ("gone", "my photos", "my photos"),
-        ("procedural flowers", "x", None),
+        ("my photos", "my photos", "my photos/images", "my photos"),
+        ("renamed", "my photos", "my photos", "my photos"),
+        ("images", "other/images", "my photos/images", None),
+        ("more photos", "more photos", "my photos", None),
+        ("procedural flowers", None, "x", None),
     ],
 )
-def test_printed_command_is_read_as_the_settings(tmp_path, monkeypatch, name, images, data):
+def test_printed_command_is_read_as_the_settings(tmp_path, monkeypatch, name, trained, images, data):
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
+    for seed, (folder, count) in enumerate({"my photos": 9, "other": 9, "more photos": 12}.items()):
+        write_flowers(tmp_path / folder, count, 16, seed=seed)
+    stored = {"name": name}
+    if trained:
+        dataset, prepared, _ = load_data(tmp_path / trained, 16, "auto", None, False)
+        stored |= describe_data(dataset, prepared) | {"name": name}
+    config = SimpleNamespace(resolution=16, holdout="auto", mask_set=None)
     changes = {"channel_mult": (1, 2), "attention_resolutions": (), "random_flip": False, "tensorboard": True}
     changes |= {
         "preset": "fast64",
@@ -125,10 +140,14 @@ def test_printed_command_is_read_as_the_settings(tmp_path, monkeypatch, name, im
         "regions": 1,
     }
     monkeypatch.setattr(equal_compute, "choose_plain_ddpm", lambda run, folder: (dict(changes), 12.5))
-    (tmp_path / "config.json").write_text(json.dumps({"model": "segdiff", "data": {"name": name}}))
-    advice = evaluate._advise_ddpm(None, tmp_path, tmp_path / images)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "segdiff", "data": stored}))
+    advice = evaluate._advise_ddpm(SimpleNamespace(config=config), tmp_path, tmp_path / images)
     options = parse("train", shlex.split(advice["ddpm_command"])[2:])
-    assert options.data == (None if data is None else tmp_path / data)
+    if trained and data is None:
+        assert str(options.data) == "TRAINING_PHOTOS"
+        assert advice["ddpm_data"] == f"the photos that the run was trained on, {name} ({stored['images']} images)"
+    else:
+        assert options.data == (None if data is None else tmp_path / data) and "ddpm_data" not in advice
     assert f"{options.out}" == advice["ddpm_out"] == f"{tmp_path}_plain" and advice["ddpm_seconds"] == 12.5
     assert {key: getattr(options, key) for key in changes} == {**changes, "holdout": "3"}
     assert isinstance(options, SegdiffConfig) and options.learning_rate == 1e-3  # the preset's

@@ -29,7 +29,7 @@ def test_training_seconds_of_latents_hold_the_encoding_and_the_autoencoder_train
     run = load_latent_run()
     scores = run.evaluate_generation(PHOTOS, steps=1)
     autoencoder, steps = sum_step_seconds(latent_folder.parent / "moved"), sum_step_seconds(run.folder)
-    assert scores["autoencoder_seconds"] == autoencoder > 0 and not scores["autoencoder_given"]
+    assert scores["autoencoder_seconds"] == autoencoder > 0 and scores["own_autoencoder"]
     assert scores["training_seconds"] == pytest.approx(steps + scores["encoding_seconds"] + autoencoder)
     assert scores["encoding_seconds"] > 0
 
@@ -43,7 +43,7 @@ def test_training_seconds_leave_out_an_autoencoder_that_was_given_and_name_it(lo
     shutil.rmtree(first.folder)
     assert_identical(run.model.space.tensors(), first.model.space.tensors())
     scores = run.evaluate_generation(PHOTOS, steps=1)
-    assert scores["autoencoder_given"] and scores["autoencoder_seconds"] > 0
+    assert not scores["own_autoencoder"] and scores["autoencoder_seconds"] > 0
     assert scores["training_seconds"] == pytest.approx(sum_step_seconds(run.folder) + scores["encoding_seconds"])
 
 
@@ -70,7 +70,7 @@ def test_seconds_of_an_autoencoder_that_are_not_stored_are_unknown(tmp_path):
     save_file({"encoder.conv_in.weight": torch.ones(1)}, tmp_path / "format.safetensors")
     assert read_training_seconds(tmp_path / "format.safetensors") is read_training_seconds(tmp_path) is None
     path = write_checkpoint(tmp_path / COPY_NAME, {"autoencoder.mean": torch.ones(1)}, {"model": "latents"})
-    unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "autoencoder_given": True}
+    unknown = {"encoding_seconds": None, "autoencoder_seconds": None, "own_autoencoder": False}
     assert read_cost(path) == unknown  # of versions before
     write_checkpoint(
         path, {"autoencoder.mean": torch.ones(1)}, {"model": "latents", **unknown, "encoding_seconds": "1"}

@@ -276,7 +276,10 @@ def test_open_autoencoder_other_files_raise(tmp_path, trained):
     [
         ({"resolution": 34}, r"resolution=34 must be divisible by 4, the factor of latent="),
         ({"resolution": 16}, r"resolution=16 must be .* and at least 32"),
-        ({"channel_mult": (1, 1, 1, 1, 1)}, r"in latents of 8 pixels, .*cannot be halved 4 times"),
+        (
+            {"channel_mult": (1, 1, 1, 1, 1)},
+            "^resolution=32, in latents of 8 pixels, cannot be halved 4 times, as 5 levels require; use resolution=64",
+        ),
         ({"masks": "mixture"}, r"masks='mixture' measures colours of pixels, not latents"),
         ({"latent_channels": 4}, r"are set by train_segdiff\(latent=...\)"),
     ],
@@ -286,6 +289,15 @@ def test_train_latent_impossible_settings_raise(tmp_path, images, changes, messa
     with pytest.raises(ConfigError, match=message):
         factorkit.train_segdiff(images, out=tmp_path / "run", latent=str(autoencoder), **{**RUN, **changes})
     assert not (tmp_path / "run").exists()
+
+
+def test_resolved_patches_that_do_not_divide_the_latents_name_the_photos_too():
+    config = preset_config("uvit32", resolution=32, latent_channels=4, latent_factor=4, patch_size=3)
+    expected = (
+        "^patch_size=3 must divide resolution=32, in latents of 8 pixels, into at least 2 patches a side; use one"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        config.resolved()
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ from factorkit.cli.main import main
 from factorkit.data import draw_flowers
 from factorkit.segdiff import settle
 from factorkit.segdiff import train as training
-from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderTask
+from factorkit.segdiff.autoencoder import SETTINGS, AutoencoderConfig, AutoencoderTask
+from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.object_stages import ObjectStages
-from factorkit.segdiff.settle import settle_latents
+from factorkit.segdiff.settle import add_autoencoder, settle_latents
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.files import read_log, timeline
@@ -170,7 +171,10 @@ def test_train_finished_autoencoder_is_used_again_and_another_is_refused(tmp_pat
     state = final_state(tmp_path / "run_autoencoder")
     shutil.rmtree(tmp_path / "run")
     train(images, tmp_path)
-    assert f"autoencoder in {tmp_path / 'run_autoencoder'} is finished, and used again; " in capsys.readouterr().err
+    assert (
+        f"autoencoder in {tmp_path / 'run_autoencoder'} is finished, and used again for the same images; "
+        in capsys.readouterr().err
+    )
     assert_identical(final_state(tmp_path / "run_autoencoder"), state)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(CheckpointError, match="run_autoencoder holds a run with other data"):
@@ -206,6 +210,15 @@ def test_train_started_in_latents_of_a_given_autoencoder_resumes_in_them(tmp_pat
     assert not (tmp_path / "run_autoencoder").exists()
 
 
+def write_autoencoder(folder, step, **changes):
+    """Write what a training of the run's own autoencoder leaves, without its weights."""
+    config = AutoencoderConfig.from_dict(add_autoencoder(preset_config("demo", resolution=SIDE, device="cpu"))[0])
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model": "autoencoder", **config.to_dict(), **changes}))
+    (folder / f"checkpoints/step_{step:08d}.safetensors").touch()
+    return folder
+
+
 def settle_new(preset, folder, **changes):
     return settle_latents(preset, {"resolution": SIDE, **changes}, folder, {})
 
@@ -228,19 +241,25 @@ def test_settle_latents_what_latents_do_not_suit_stays_on_pixels(tmp_path, prese
 
 
 @pytest.mark.parametrize(
-    ("preset", "resolution", "sizes"),
+    ("preset", "levels", "resolution", "sizes", "pixels"),
     [
-        *(("fast64", 130, "128 or resolution=160"), ("fast64", 250, "224 or resolution=256")),
-        *(("fast64", 1000, "960 or resolution=1024"), ("uvit64", 1000, "992 or resolution=1024")),
+        *(("fast64", 4, 130, (128, 160), 128), ("fast64", 4, 250, (224, 256), 248)),
+        *(("fast64", 4, 1000, (960, 1024), None), ("uvit64", None, 1000, (992, 1024), None)),
+        *(("fast64", 7, 140, (512,), 128), ("fast64", 7, 128, (512,), None), ("fast64", 8, 130, (), 128)),
     ],
 )
-def test_settle_latents_resolution_that_they_do_not_suit_raises_with_the_nearest(
-    tmp_path, monkeypatch, preset, resolution, sizes
+def test_settle_latents_resolution_that_they_do_not_suit_raises_with_advice_that_works(
+    tmp_path, monkeypatch, preset, levels, resolution, sizes, pixels
 ):
     monkeypatch.setattr(settle, "MANY_PIXELS", 128)
-    expected = f'resolution={resolution} does not suit .* use resolution={sizes}, or latent="no" to denoise pixels'
-    with pytest.raises(ConfigError, match=expected):
-        settle_new(preset, tmp_path, resolution=resolution)
+    changes = {"channel_mult": (1,) * levels} if levels else {}
+    listed = " or ".join(f"resolution={size}" for size in sizes) + ", or " * bool(sizes)
+    slow = f"resolution={pixels} with " * bool(pixels) + 'latent="no" to denoise pixels, which takes many times longer$'
+    with pytest.raises(ConfigError, match=f"^resolution={resolution} does not suit .*; use {listed}{slow}"):
+        settle_new(preset, tmp_path, resolution=resolution, **changes)
+    for size in sizes:
+        assert settle_new(preset, tmp_path, resolution=size, **changes).config.resolved().latent_channels
+    assert settle_new(preset, tmp_path, resolution=pixels or resolution, latent="no", **changes).config.resolved()
     settled = settle_latents(preset, {"resolution": resolution}, tmp_path, {"latent": "no"})  # started on pixels
     assert settled.config.latent == "no" and "was started with it" in settled.note
 
@@ -252,7 +271,7 @@ def test_settle_latents_resolution_that_they_do_not_suit_raises_with_the_nearest
         ({"precision": "fp16x"}, "^precision='fp16x' is unknown"),
         ({"channel_mult": (1, 0)}, r"^channel_mult=\(1, 0\) must be"),
         ({"channel_mult": (1,) * 5}, r"use resolution=64, or latent=\"no\""),
-        ({"channel_mult": (1,) * 10, "resolution": 512}, r'halved 9 times.* latent="no" denoises pixels$'),
+        ({"channel_mult": (1,) * 10, "resolution": 512}, r'nor does any within 512 pixels of it; use latent="no" to'),
         ({"latent": ""}, 'latent=\'\' names nothing; give "auto", "no" or'),
     ],
 )
@@ -262,20 +281,42 @@ def test_settle_latents_settings_that_cannot_work_raise(tmp_path, changes, messa
 
 
 @pytest.mark.parametrize(
-    ("model", "step", "trained", "state"),
+    ("step", "trained", "state"),
     [
-        ("autoencoder", 2, 2, "autoencoder in {} goes on from step 2 of 3; latent"),
-        ("autoencoder", 3, 3, "autoencoder in {} is finished, and used again; latent"),
-        ("segdiff", 3, 0, "is trained on these images first, for 3 steps, in {}; latent"),
+        (2, 2, "autoencoder in {} goes on from step 2 of 3; latent"),
+        (3, 3, "autoencoder in {} is finished, and used again for the same images; latent"),
     ],
 )
-def test_settle_latents_note_says_how_far_the_autoencoder_is(tmp_path, model, step, trained, state):
-    own = tmp_path / "run_autoencoder"
-    (own / "checkpoints").mkdir(parents=True)
-    (own / "config.json").write_text(json.dumps({"model": model}))
-    (own / f"checkpoints/step_{step:08d}.safetensors").touch()
+def test_settle_latents_note_says_how_far_the_autoencoder_is(tmp_path, step, trained, state):
+    own = write_autoencoder(tmp_path / "run_autoencoder", step)
     settled = settle_new("demo", tmp_path / "run")
     assert settled.trained_steps == trained and state.format(own) in settled.note
+    assert settled.for_images(8) is settled
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "error"),
+    [
+        ({"seed": 3}, 3, r"run_autoencoder holds a run with other settings \(seed: 3 there, 0 requested\)"),
+        ({"resolution": 64}, 2, r"holds a run with other settings \(resolution: 64 there, 48 requested\)"),
+        (
+            {"data": {"name": "a", "images": 9}},
+            3,
+            r"holds a run with other data \(data.images: 9 there, 12 requested\)",
+        ),
+        ({"model": "segdiff"}, 3, "run_autoencoder holds a run of segdiff, not of autoencoder"),
+        ({}, 4, "run_autoencoder has 4 steps already, more than steps=3"),
+    ],
+)
+def test_for_images_autoencoder_of_other_settings_or_images_is_refused(tmp_path, changes, step, error):
+    stored = {"data": {"name": "b", "images": 12}, **changes}
+    write_autoencoder(tmp_path / "run_autoencoder", step, **stored)
+    settled = settle_new("demo", tmp_path / "run")
+    assert settled.for_images(7).config.latent == "no"  # which needs none
+    with pytest.raises((CheckpointError, ConfigError), match=error):
+        settled.for_images(12, {"name": "c", "images": 12})
+    if "data" in changes:
+        assert settled.for_images(12) is settled
 
 
 @pytest.mark.parametrize(("side", "factor", "channels"), [(48, 4, 4), (240, 4, 4), (256, 8, 8), (512, 8, 8)])
@@ -311,15 +352,16 @@ def test_command_dry_run_names_pixels_or_latents(tmp_path, images, capsys, monke
     out = capsys.readouterr().out
     assert f"{LINE}{tmp_path / 'run_autoencoder'}" in out and "for the autoencoder first" in out
     checkpoints = tmp_path / "run_autoencoder/checkpoints"
-    for step, state in ((2, "goes on from step 2 of 3"), (3, "is finished, and used again")):
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints.parent / "config.json").write_text('{"model": "autoencoder"}')
-        (checkpoints / f"step_{step:08d}.safetensors").touch()
+    for step, state in ((2, "goes on from step 2 of 3"), (3, "is finished, and used again for the same images")):
+        shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        write_autoencoder(checkpoints.parent, step)
         monkeypatch.setattr(training, "estimate_autoencoder", lambda **settings: {"seconds": 6000.0})
         assert main([*words, str(tmp_path / "images.npy")]) == 0
         out = capsys.readouterr().out
         assert f"{checkpoints.parent} {state}; " in out and ("first" in out) == (step == 2)
         assert step == 3 or f"of which {format_duration(2000)} for the autoencoder first" in out
+    assert main([*words, str(tmp_path / "images.npy"), "--seed", "3"]) == 2
+    assert "holds a run with other settings (seed: 0 there, 3 requested)" in capsys.readouterr().err
     shutil.rmtree(checkpoints.parent)
     assert main([*words, str(tmp_path / "few.npy")]) == 0
     assert "7 images, and an autoencoder takes 8" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from factorkit.data.views.images import DEFAULT_FOV, fit_masks, read_images, rea
 from factorkit.data.views.llff import is_llff, read_llff
 from factorkit.data.views.loading import LazyView, SceneSettings, load_views
 from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, read_record3d
-from factorkit.data.views.splits import split_every_eighth
+from factorkit.data.views.splits import find_rows, split_every_eighth
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
@@ -215,17 +215,21 @@ def list_views(
 def _describe_too_few(
     path: Path | None, split: str | None, names: Sequence[str], every: Sequence[str], min_views: int
 ) -> str:
-    """Say how many views there are, how many of them the split has, and where the others are."""
+    """Say how many views there are, how many of them the split has, and where the others are.
+
+    ``names`` are of the files, of which those in ``every`` may lack the suffix.
+    """
     text = f"{'the images' if path is None else escape_name(str(path))}: {format_count(len(every), 'view')}"
-    if others := [name for name in every if name not in names]:
+    used = find_rows(names, every)[0]
+    if others := [name for i, name in enumerate(every) if i not in used]:
         are = "is" if len(others) == 1 else "are"
         use, other_use = ("testing", "training") if split == "test" else ("training", "testing")
         text += (
             f", {len(names)} of them for {use}; {format_examples(others)} {are} held out for {other_use} (every 8th "
             "view is held out from training, unless files or folders define the splits)"
         )
-    text += f". At least {min_views} are needed: give more images"
-    if len(every) >= min_views:
+    text += f". At least {min_views} {'is' if min_views == 1 else 'are'} needed: give more images"
+    if len(every) >= min_views and split != "test":
         text += ", or all of them as factorkit.data.open_views(...), which training does not split"
     return text
 

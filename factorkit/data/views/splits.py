@@ -58,7 +58,7 @@ def select_listed(
     rows: dict[str, set[int]] = {}
     unknown: list[str] = []
     for key, texts in lists.items():
-        rows[key], missing, count = _find_rows(texts, names)
+        rows[key], missing, count = find_rows(texts, names)
         unknown += missing
         if count and not rows[key]:
             raise DataError(
@@ -86,7 +86,7 @@ def select_listed(
     return sorted(selected), tuple(notes)
 
 
-def _find_rows(listed: Iterable[str], names: Sequence[str]) -> tuple[set[int], list[str], int]:
+def find_rows(listed: Iterable[str], names: Sequence[str]) -> tuple[set[int], list[str], int]:
     """Return the views of a list, its names that are no views, and their number."""
     forms = [[form(name) for name in names] for form in NAME_FORMS]
     counted = [(keys, Counter(keys)) for keys in forms]

@@ -60,8 +60,6 @@ def read_transforms(path: Path, split: str | None) -> tuple[list[LazyView], Scen
     is_split_file = any(path.stem == f"transforms_{name}" for name in SPLITS)
     file = _parse_file(path)
     indices, notes = (list(range(len(file.names))), ()) if is_split_file else _select_frames(file, split)
-    if not indices:
-        raise DataError(f"{path}: no frame belongs to the split {split!r}")
     siblings = [path.with_name(f"transforms_{name}.json") for name in SPLITS] if is_split_file else []
     scene = [file, *(_parse_file(other) for other in siblings if other != path and other.is_file())]
     return _list_views([(file, indices)], scene, notes)

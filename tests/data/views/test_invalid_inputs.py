@@ -125,7 +125,7 @@ def test_open_views_invalid_masks_raise(tmp_path):
 def test_open_views_empty_split_raises(tmp_path):
     image(tmp_path / "a.png")
     assert len(open_views(tmp_path)) == 1
-    with pytest.raises(DataError, match=r"1 view, 0 of them for training; a.png is held out .* At least 1 are"):
+    with pytest.raises(DataError, match=r"1 view, 0 of them for training; a.png is held out .* At least 1 is"):
         open_views(tmp_path, "train")
 
 

@@ -162,3 +162,29 @@ def test_select_listed_names_unknown_frames_in_a_note():
     rows, notes = select_listed({"test": ["1.png", "gone.png"]}, ["0.png", "1.png", "2.png"], "train", "here")
     assert rows == [0, 2]
     assert "gone.png" in notes[-1]
+
+
+@pytest.mark.parametrize("suffix", ["", ".png"])
+def test_open_views_too_few_of_a_split_names_only_the_views_that_it_lacks(tmp_path, scene, suffix):
+    for split, count in (("train", 1), ("test", 2)):
+        names = [f"./{split}/r_{i}" for i in range(count)]
+        write_transforms(tmp_path / f"transforms_{split}.json", scene, [f"{name}.png" for name in names])
+        text = (tmp_path / f"transforms_{split}.json").read_text()
+        (tmp_path / f"transforms_{split}.json").write_text(text.replace(".png", suffix))
+    expected = f": 3 views, 1 of them for training; test/r_0{suffix}, test/r_1{suffix} are held out for testing"
+    with pytest.raises(DataError, match=expected):
+        open_views(tmp_path, "train", min_views=2)
+
+
+def test_open_views_one_frame_of_transforms_is_counted_before_the_split(tmp_path, scene):
+    write_transforms(tmp_path / "transforms.json", scene, ["a.png"])
+    expected = "1 view, 0 of them for training; a.png is held out .* At least 2 are needed: give more images$"
+    with pytest.raises(DataError, match=expected):
+        open_views(tmp_path, "train", min_views=2)
+    assert len(open_views(tmp_path, "test")) == 1
+    names = ["a.png", "b.png"]
+    write_transforms(tmp_path / "transforms.json", scene, names, train_filenames=names)
+    with pytest.raises(
+        DataError, match="0 of them for testing; a.png, b.png are held out .* At least 1 is needed: give"
+    ):
+        open_views(tmp_path, "test")
