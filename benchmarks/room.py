@@ -22,6 +22,7 @@ import torch
 from benchmarks.recording import commit, machine, read_results, write_result
 from benchmarks.room_photos import make_photos
 from factorkit.data.views.views import Views
+from factorkit.metrics.image import psnr
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.files import read_log, timeline
 
@@ -36,11 +37,11 @@ def train_and_score(training: Views, held_out: Views, **settings: Any) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         run = train_nerfdiff(training, out=Path(folder) / "run", progress=False, device="cpu", **NO_ENCODER, **settings)
         seconds = time.process_time() - start
-        scores = run.evaluate(held_out)
+        scores, images = run.evaluate(held_out), run.views.resize(run.model.size).images
         alarms = timeline(read_log(Path(folder) / "run"), "alarms")[-1]
         return {
             "psnr": scores["psnr"],
-            "psnr_training": run.evaluate(training)["psnr"],
+            "psnr_training": psnr(run.render(run.poses, run.model.size).images, images).mean().item(),
             "rotation_median_deg": scores["rotation_median_deg"],
             "rotation_max_deg": scores["rotation_max_deg"],
             "registered": len(run.poses),
