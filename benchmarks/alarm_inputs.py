@@ -235,7 +235,7 @@ def open_scene_views(name: str, seed: int, data: Path, size: int = 24) -> Views:
     if name == "square":
         return make_layers(seed)
     if name == "room":
-        return make_photos(seed, size=(96, 128))[0].resize(32)
+        return make_photos(seed, size=(96, 128), tiles=True)[0].resize(32)
     generator = torch.Generator().manual_seed(seed)
     if name == "lego":
         views = open_views(data / "nerf_lego_200", "train", size)

@@ -78,11 +78,12 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["known"])
     parser.add_argument("--exposure", type=float, default=0.0, help="brightness changes by up to this share")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of the noise")
+    parser.add_argument("--tiles", action="store_true", help="all things share a few textures that repeat")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
-    light = {name: getattr(args, name) for name in ("exposure", "noise") if getattr(args, name)}
+    light = {name: getattr(args, name) for name in ("exposure", "noise", "tiles") if getattr(args, name)}
     for seed in args.seeds:
         for way in args.ways:
             words = [f"{args.size} px", way, *(f"{k}={v}" for k, v in (light | changes).items()), f"seed={seed}"]

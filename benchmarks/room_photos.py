@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ import torch
 
 from factorkit.data.views.views import Views
 from factorkit.rendering import look_at
-from tests.nerfdiff.textured import make_intrinsics_of, make_texture, sample_texture
+from tests.nerfdiff.textured import TEXTURE_SIDE, make_intrinsics_of, make_texture, sample_texture
 
 SIZE = (360, 480)  # height and width of a photo, in which structure from motion looks for features
 FOCAL = 0.8  # of a phone's main camera, in units of the longer side
@@ -18,7 +19,8 @@ NUM_VIEWS, TURNS, HELD_OUT_EVERY = 56, 1.5, 8
 DISTANCE = 2.8  # of the cameras from the axis of the walk
 TABLE, FLOOR, CEILING = -0.6, -2.2, 2.8  # heights
 LIGHT = np.float32([0.48, 0.36, 0.8])
-NUM_TEXTURES = 12
+NUM_TILES = 12  # textures that the sides of all things share, with tiles
+WALL_SIDE = 1280  # pixels of a texture that the largest wall does not repeat
 TEXELS = (35.0, 90.0)  # of a texture, per unit of length
 
 
@@ -70,18 +72,24 @@ class Solid:
         return color * (0.75 + 0.25 * facing)[:, None]
 
 
-def make_room(seed: int) -> list[Solid]:
-    """Return the room, a table with an object and other things on it, and furniture, all by seed."""
+def make_room(seed: int, tiles: bool = False) -> list[Solid]:
+    """Return the room, a table with an object and other things on it, and furniture, all by seed.
+
+    With ``tiles``, all share a few textures, which walls and floor repeat, as wallpaper and tiles do.
+    """
     rng = np.random.default_rng(seed)
-    patterns = [make_texture(100 * seed + i) for i in range(NUM_TEXTURES)]
+    patterns = [make_texture(100 * seed + i) for i in range(NUM_TILES if tiles else 0)]
+    numbers = itertools.count(1000 * seed)
 
     def add(centre, half, degrees: float = 0.0, **options: bool) -> Solid:
         c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         contrast, tint = rng.uniform(0.5, 1.0), rng.uniform(0.15, 0.85, 3)
-        chosen = rng.integers(0, NUM_TEXTURES, 6)
+        chosen = rng.integers(0, NUM_TILES, 6)
         shades = tint * rng.uniform(0.7, 1.1, (6, 1)) if options.get("inside") else np.tile(tint, (6, 1))
+        side = WALL_SIDE if options.get("inside") else TEXTURE_SIDE
         textures = [
-            (t + contrast * (patterns[i] - 0.5)).astype(np.float32) for i, t in zip(chosen, shades, strict=True)
+            np.float32(t + contrast * ((patterns[i] if tiles else make_texture(next(numbers), side)) - 0.5))
+            for i, t in zip(chosen, shades, strict=True)
         ]
         centre, half, turn = (np.float32(x) for x in (centre, half, [[c, -s, 0], [s, c, 0], [0, 0, 1]]))
         return Solid(centre, half, turn, textures, rng.uniform(*TEXELS), **options)
@@ -143,7 +151,13 @@ def walk_around(count: int, seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def make_photos(
-    seed: int, *, count: int = NUM_VIEWS, size: tuple[int, int] = SIZE, exposure: float = 0.0, noise: float = 0.0
+    seed: int,
+    *,
+    count: int = NUM_VIEWS,
+    size: tuple[int, int] = SIZE,
+    exposure: float = 0.0,
+    noise: float = 0.0,
+    tiles: bool = False,
 ) -> tuple[Views, Views]:
     """Return photos of a room to train on, and every eighth held out.
 
@@ -153,8 +167,9 @@ def make_photos(
         size: height and width.
         exposure: the brightness of each training photo changes by up to this share.
         noise: standard deviation of the noise of the training photos.
+        tiles: see :func:`make_room`.
     """
-    solids, poses, k = make_room(seed), walk_around(count, seed), make_intrinsics_of(size, FOCAL)
+    solids, poses, k = make_room(seed, tiles), walk_around(count, seed), make_intrinsics_of(size, FOCAL)
     photos = np.stack([render_photo(solids, pose, k, size) for pose in poses])
     rng, is_held_out = np.random.default_rng(seed + 2), np.arange(count) % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
     gains = np.where(is_held_out, 1.0, np.exp(exposure * rng.uniform(-1, 1, count)))

@@ -38,6 +38,8 @@ def test_room_photo_shows_a_point_of_another_photo_where_its_pose_projects_it():
 def test_make_photos_depends_on_the_seed_and_changes_the_light_of_training_photos_only():
     training, held_out = make_photos(0, count=16, size=SIZE)
     assert (len(training), len(held_out)) == (14, 2) and not {*training.names} & {*held_out.names}
+    tiled = make_photos(0, count=16, size=SIZE, tiles=True)[0]
+    assert torch.equal(tiled.poses, training.poses) and not torch.equal(tiled.images, training.images)
     again, other = make_photos(0, count=16, size=SIZE), make_photos(1, count=16, size=SIZE)
     assert torch.equal(again[0].images, training.images) and torch.equal(again[0].poses, training.poses)
     assert (other[0].images - training.images).abs().mean() > 0.05

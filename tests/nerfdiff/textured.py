@@ -41,13 +41,12 @@ def render_turned(pose: np.ndarray, degrees, size: tuple[int, int]) -> list[np.n
     return images
 
 
-def make_texture(seed: int) -> np.ndarray:
-    rng, total = np.random.default_rng(seed), np.zeros((TEXTURE_SIDE, TEXTURE_SIDE, 3))
-    for cells in (16, 64):
+def make_texture(seed: int, side: int = TEXTURE_SIDE) -> np.ndarray:
+    """Return smooth colours in [0, 1] with details of 4 and of 16 pixels."""
+    rng, total = np.random.default_rng(seed), np.zeros((side, side, 3))
+    for cells in (side // 16, side // 4):
         noise = torch.from_numpy(rng.random((1, 3, cells, cells)))
-        total += (
-            torch.nn.functional.interpolate(noise, (TEXTURE_SIDE,) * 2, mode="bilinear")[0].permute(1, 2, 0).numpy()
-        )
+        total += torch.nn.functional.interpolate(noise, (side,) * 2, mode="bilinear")[0].permute(1, 2, 0).numpy()
     return (total - total.min()) / (total.max() - total.min())
 
 
@@ -59,7 +58,7 @@ def sample_texture(texture: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndar
     """Return colours of a repeated texture at positions in texels, bilinear."""
     i, j = np.floor(u).astype(int), np.floor(v).astype(int)
     a, b = (u - i)[:, None], (v - j)[:, None]
-    i, j, k, m = i % TEXTURE_SIDE, j % TEXTURE_SIDE, (i + 1) % TEXTURE_SIDE, (j + 1) % TEXTURE_SIDE
+    i, j, k, m = (index % len(texture) for index in (i, j, i + 1, j + 1))
     lower = (1 - a) * texture[i, j] + a * texture[k, j]
     return (1 - b) * lower + b * ((1 - a) * texture[i, m] + a * texture[k, m])
 
