@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from factorkit.data.files import natural_order
 from factorkit.nerfdiff.stages.feature_images import FeatureImage
 from factorkit.utils.errors import ConfigError
 
+Pair = TypeVar("Pair")
 MAX_FEATURES = 4096  # of each image; more cost time in matching and register no more
 MAX_EXHAUSTIVE = 100  # images, from which on only some pairs are compared
 NEIGHBOURS = 10  # frames before each frame that it is compared with; and every 10th frame with every other 10th
@@ -30,6 +31,7 @@ SIMILARITY_SIDE = 16  # pixels of the images whose difference says how similar t
 MIN_PAIR_MATCHES = 30  # from which on a pair of images counts as matching
 STILL_DISTANCE = 2 / 512  # of the longer side, by which a match moves at least that is no part of a still background
 FOCAL_FACTORS = np.geomspace(0.5, 2, 41)  # tried on focal lengths that may be guesses
+MIN_DISTANT_PAIRS = 3  # of every tenth frame that match, from which on these alone are judged
 MAX_STILL = 0.5  # share of a pair's matches, or of the pairs, beyond which they are still
 
 
@@ -146,7 +148,7 @@ def choose_pairs(images: Sequence[FeatureImage], ordered: bool) -> list[tuple[in
             the ten before it, and every tenth with every other tenth, which closes loops.
     """
     count = len(images)
-    if count < MAX_EXHAUSTIVE and not ordered:
+    if are_all_compared(count, ordered):
         return [(i, j) for j in range(count) for i in range(j)]
     order = natural_order([image.name for image in images])
     near = {(i, j) for j in range(count) for i in range(max(0, j - NEIGHBOURS), j)}
@@ -156,6 +158,26 @@ def choose_pairs(images: Sequence[FeatureImage], ordered: bool) -> list[tuple[in
         for i, row in enumerate(np.argsort(differences(images), axis=1, kind="stable")[:, :SIMILAR].tolist()):
             pairs |= {(min(i, j), max(i, j)) for j in row if i != j}
     return sorted(pairs, key=lambda pair: pair[::-1])
+
+
+def keep_distant(
+    pairs: Sequence[tuple[int, int, Pair]], images: Sequence[FeatureImage], ordered: bool
+) -> list[tuple[int, int, Pair]]:
+    """Return the pairs of indices, and of what belongs to them, that say how far the camera moves in the whole capture.
+
+    Where not all pairs were compared most are of frames next to each other, which are the more alike the denser the
+    frames are. Then pairs of every tenth frame are kept, if at least three of them match.
+    """
+    if are_all_compared(len(images), ordered):
+        return list(pairs)
+    frames = set(natural_order([image.name for image in images])[::NEIGHBOURS])
+    distant = [pair for pair in pairs if pair[0] in frames and pair[1] in frames]
+    return distant if len(distant) >= MIN_DISTANT_PAIRS else list(pairs)
+
+
+def are_all_compared(count: int, ordered: bool) -> bool:
+    """Return whether each of so many images is compared with each other one."""
+    return count < MAX_EXHAUSTIVE and not ordered
 
 
 def differences(images: Sequence[FeatureImage]) -> np.ndarray:
@@ -191,13 +213,15 @@ def match_images(colmap: ModuleType, path: Path, pairs: Sequence[tuple[int, int]
     listing.unlink(missing_ok=True)
 
 
-def drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureImage]) -> tuple[int, int]:
+def drop_still_matches(
+    colmap: ModuleType, path: Path, images: Sequence[FeatureImage], ordered: bool
+) -> tuple[int, int]:
     """Drop matches that do not move if most pairs of images consist of them: a background that does not move.
 
-    A camera that moves has no such pairs, except of equal images.
+    A camera that moves has no such pairs, except of equal images and of neighbours among dense frames.
 
     Returns:
-        How many pairs are still, and how many match.
+        How many pairs are still, and how many match, of those that :func:`keep_distant` keeps.
     """
     with opened(colmap, path) as database:
         points = [database.read_keypoints(i + 1)[:, :2] for i in range(len(images))]
@@ -206,12 +230,13 @@ def drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureI
             i, j = (k - 1 for k in colmap.pair_id_to_image_pair(number))
             if len(matches) >= MIN_PAIR_MATCHES and images[i].pixels.shape == images[j].pixels.shape:
                 distance = np.abs(points[i][matches[:, 0]] - points[j][matches[:, 1]]).max(1)
-                pairs.append((i, j, matches, distance >= STILL_DISTANCE * max(images[i].pixels.shape)))
-        still = sum(bool(moving.mean() < 1 - MAX_STILL) for *_, moving in pairs)
-        if not is_still(still, len(pairs)):
-            return still, len(pairs)
+                pairs.append((i, j, (matches, distance >= STILL_DISTANCE * max(images[i].pixels.shape))))
+        distant = keep_distant(pairs, images, ordered)
+        still = sum(bool(moving.mean() < 1 - MAX_STILL) for *_, (_, moving) in distant)
+        if not is_still(still, len(distant)):
+            return still, len(distant)
         with colmap.DatabaseTransaction(database):
-            for i, j, matches, moving in pairs:
+            for i, j, (matches, moving) in pairs:
                 geometry = colmap.estimate_two_view_geometry(
                     database.read_camera(database.read_image(i + 1).camera_id),
                     points[i],
@@ -221,11 +246,13 @@ def drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureI
                     geometry_options(colmap),
                 )
                 database.update_two_view_geometry(i + 1, j + 1, geometry)
-        return still, len(pairs)
+        return still, len(distant)
 
 
-def measure_parallax(colmap: ModuleType, database: Any) -> float | None:
+def measure_parallax(colmap: ModuleType, database: Any, images: Sequence[FeatureImage], ordered: bool) -> float | None:
     """Return the parallax of images in units of their distance, if most pairs fit a homography: a plane or no parallax.
+
+    The pairs are those that :func:`keep_distant` keeps, so that it does not depend on how dense frames are.
 
     Without parallax the homography of a pair, in normalised coordinates, is a rotation. Otherwise its largest singular
     value exceeds its smallest by about the baseline over the distance of the plane. Focal lengths may be wrong: they
@@ -236,18 +263,24 @@ def measure_parallax(colmap: ModuleType, database: Any) -> float | None:
     """
     kinds = colmap.TwoViewGeometryConfiguration
     numbers, geometries = database.read_two_view_geometries()
-    pairs = [(k, x) for k, x in zip(numbers, geometries, strict=True) if len(x.inlier_matches)]
-    flat = [(k, x.H) for k, x in pairs if int(x.config) in (int(kinds.PANORAMIC), int(kinds.PLANAR_OR_PANORAMIC))]
+    pairs = []
+    for number, geometry in zip(numbers, geometries, strict=True):
+        if len(geometry.inlier_matches):
+            i, j = (k - 1 for k in colmap.pair_id_to_image_pair(number))
+            pairs.append((i, j, geometry))
+    pairs = keep_distant(pairs, images, ordered)
+    rotations = (int(kinds.PANORAMIC), int(kinds.PLANAR_OR_PANORAMIC))
+    flat = [(i, j, x.H) for i, j, x in pairs if int(x.config) in rotations]
     if not pairs or len(flat) <= len(pairs) / 2:
         return None
     k = {x.camera_id: x.calibration_matrix() for x in database.read_all_cameras()}
-    k_of = {x.image_id: k[x.camera_id] for x in database.read_all_images()}
-    first, second = (np.stack([k_of[colmap.pair_id_to_image_pair(n)[i]] for n, _ in flat]) for i in (0, 1))
+    k_of = {x.image_id - 1: k[x.camera_id] for x in database.read_all_images()}
+    first, second = (np.stack([k_of[pair[n]] for pair in flat]) for n in (0, 1))
     parallax = []
     for factor in FOCAL_FACTORS:
         scale = np.diag([factor, factor, 1.0])
         # K with a scaled focal length is K scale: the principal point stays
-        turn = np.linalg.inv(second @ scale) @ np.stack([h for _, h in flat]) @ first @ scale
+        turn = np.linalg.inv(second @ scale) @ np.stack([h for *_, h in flat]) @ first @ scale
         values = np.linalg.svd(turn, compute_uv=False)
         parallax.append(values[:, 0] / values[:, 2].clip(1e-12) - 1)
     best = min(parallax, key=np.median)

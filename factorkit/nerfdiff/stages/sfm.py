@@ -38,11 +38,11 @@ from factorkit.nerfdiff.stages.matches import (
 )
 from factorkit.utils.errors import CheckpointError, DataError, format_count
 
-VERSION = 2  # of this procedure, part of the key of stored results
+VERSION = 3  # of this procedure, part of the key of stored results
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
 # Points that half of a model's images must see; cameras that turn on the spot have 0 to 13 by chance, others hundreds.
 MIN_IMAGE_POINTS = 20
-# Cameras on the spot had 0.009 at most, a wall from an arc of 12 degrees 0.06, see `measure_parallax`.
+# Cameras on the spot had 0.009 at most, a wall from an arc of 12 degrees 0.06, 72 frames of it 0.05 (docs/captures.md).
 MIN_PARALLAX = 0.02
 
 
@@ -136,8 +136,8 @@ def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, pr
     write_images(colmap, database, images)
     extract_features(colmap, database, images, progress)
     match_images(colmap, database, choose_pairs(images, ordered), progress)
-    still_pairs = drop_still_matches(colmap, database, images)
-    result = replace(_map_images(colmap, database, folder, images, progress), still_pairs=still_pairs)
+    still_pairs = drop_still_matches(colmap, database, images, ordered)
+    result = replace(_map_images(colmap, database, folder, images, ordered, progress), still_pairs=still_pairs)
     values = asdict(result) | {"model": None if result.model is None else MODEL}
     write_json(folder / RESULT, {"key": key, "result": values})
     database.unlink(missing_ok=True)
@@ -178,7 +178,7 @@ def _key(images: Sequence[FeatureImage], ordered: bool, version: str) -> str:
 
 
 def _map_images(
-    colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage], progress: bool
+    colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage], ordered: bool, progress: bool
 ) -> SfmResult:
     """Find all cameras at once (GLOMAP, Pan et al. 2024); write the largest model with the names of the views.
 
@@ -186,7 +186,8 @@ def _map_images(
     """
     with opened(colmap, path) as database:
         is_exact = [camera.model_name == "PINHOLE" for camera in database.read_all_cameras()]
-        reason, parallax = _explain_no_model(colmap, database), measure_parallax(colmap, database)
+        parallax = measure_parallax(colmap, database, images, ordered)
+        reason = _explain_no_model(database, parallax)
         plain = [x.name for i, x in enumerate(images) if database.num_keypoints_for_image(i + 1) < MIN_PAIR_MATCHES]
     names = [image.name for image in images]
     if parallax is not None and parallax < MIN_PARALLAX:  # COLMAP would invent positions
@@ -236,13 +237,11 @@ def _median_points(model: Any) -> float:
     return float(np.median([model.image(number).num_points3D for number in model.reg_image_ids()]))
 
 
-def _explain_no_model(colmap: ModuleType, database: Any) -> str:
+def _explain_no_model(database: Any, parallax: float | None) -> str:
     """Return why no model might be found, from the geometry of the pairs."""
-    kinds = colmap.TwoViewGeometryConfiguration
     geometries = [x for x in database.read_two_view_geometries()[1] if len(x.inlier_matches)]
     if not geometries:
         return "no two images show enough of the same texture"
-    rotations = {int(kinds.PANORAMIC), int(kinds.PLANAR_OR_PANORAMIC)}
-    if sum(int(x.config) in rotations for x in geometries) > len(geometries) / 2:
+    if parallax is not None:
         return "the camera turned on the spot, or the scene is flat: there is no parallax"
     return f"{format_count(len(geometries), 'pair')} of images match, but too weakly or from too near each other"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from factorkit.metrics.pose import pose_errors
 from factorkit.nerfdiff.search import decide
 from factorkit.nerfdiff.stages import sfm
 from factorkit.nerfdiff.stages.feature_images import FeatureImage, read_feature_images
-from factorkit.nerfdiff.stages.matches import choose_pairs
+from factorkit.nerfdiff.stages.matches import choose_pairs, keep_distant, measure_parallax
 from factorkit.utils.errors import ConfigError, DataError
 from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo, render_turned
 
@@ -160,6 +161,59 @@ def test_choose_pairs_many_unordered_have_similar_ones_too_and_ordered_close_loo
     loops = {(i, j) for j in range(0, 120, 10) for i in range(0, j, 10)}
     assert loops <= ordered and (0, 110) in ordered and (3, 63) not in ordered
     assert len(ordered) == sum(min(j, 10) for j in range(120)) + len(loops) - 11
+
+
+def list_frames(count):
+    return [FeatureImage(f"{i}.png", np.zeros((120, 160), np.uint8), None, np.eye(3), "exact") for i in range(count)]
+
+
+def measure_plane(poses, ordered):
+    """Return the parallax of exact homographies between cameras before the plane z = 0."""
+    images, k = list_frames(len(poses)), make_intrinsics_of(SMALL)
+    to_plane = [np.linalg.inv(pose)[:3, [0, 1, 3]] for pose in poses]  # of (x, y, 1), in OpenGL axes
+    flipped = k @ np.diag([1.0, -1, -1])
+    colmap = SimpleNamespace(
+        TwoViewGeometryConfiguration=SimpleNamespace(PANORAMIC=1, PLANAR_OR_PANORAMIC=2),
+        pair_id_to_image_pair=lambda number: (number // 1000 + 1, number % 1000 + 1),
+    )
+    pairs = choose_pairs(images, ordered)
+    moves = [flipped @ to_plane[j] @ np.linalg.inv(flipped @ to_plane[i]) for i, j in pairs]
+    database = SimpleNamespace(
+        read_two_view_geometries=lambda: (
+            [1000 * i + j for i, j in pairs],
+            [SimpleNamespace(config=2, H=h, inlier_matches=[0]) for h in moves],
+        ),
+        read_all_cameras=lambda: [SimpleNamespace(camera_id=1, calibration_matrix=lambda: k)],
+        read_all_images=lambda: [SimpleNamespace(image_id=i + 1, camera_id=1) for i in range(len(images))],
+    )
+    return measure_parallax(colmap, database, images, ordered)
+
+
+@pytest.mark.parametrize("count", [12, 24, 72, 300])
+def test_measure_parallax_denser_frames_of_a_slow_walk_have_as_much(count):
+    photos = measure_plane(orbit(np.linspace(0, 8, 8), 50.0), ordered=False)
+    assert 0.04 < photos < 0.1
+    assert measure_plane(orbit(np.linspace(0, 8, count), 50.0), ordered=True) == pytest.approx(photos, rel=0.4)
+    if count == 300:  # of which not all pairs are compared either
+        assert measure_plane(orbit(np.linspace(0, 8, count), 50.0), ordered=False) == pytest.approx(photos, rel=0.4)
+
+
+def test_keep_distant_frames_that_do_not_match_leave_all_pairs():
+    images, near = list_frames(40), [(i, i + 1, None) for i in range(39)]
+    assert keep_distant(near, images, ordered=True) == near
+    few, enough = ([*near, *((i, i + 10, None) for i in range(0, 10 * n, 10))] for n in (2, 3))
+    assert keep_distant(few, images, ordered=True) == few
+    assert keep_distant(enough, images, ordered=True) == enough[-3:]
+    assert keep_distant(enough, images, ordered=False) == enough  # all were compared
+
+
+@pytest.mark.slow
+def test_find_cameras_frames_of_a_slow_walk_are_registered_and_move(tmp_path):
+    poses = orbit(np.linspace(0, 3.3, 31))
+    images = to_images([render_photo(pose, make_intrinsics_of(SMALL), SMALL)[0] for pose in poses], focal="exact")
+    result = sfm.find_cameras(images, tmp_path, True, False)
+    assert len(result.registered) == 31, result.describe()
+    assert len(result.describe()) == 1  # nothing of a background that does not move
 
 
 STOPPED = """
