@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Trial:
 
     def is_better_than(self, other: Trial) -> bool:
         """Return whether this result shall be kept in place of another one that was rejected."""
-        is_lower = self.cross is not None and (other.cross is None or self.cross < other.cross)
+        is_lower = self.cross is not None and other.cross is not None and self.cross < other.cross
         return not self.problem or is_lower
 
     def describe(self) -> str:
@@ -81,7 +81,13 @@ class SearchRecord:
         return next((trial for trial in self.trials if trial.search == search), None)
 
     def add(self, trial: Trial) -> SearchRecord:
-        """Return the record with a trial, in place of an earlier one of the same search."""
+        """Return the record with a trial, in place of an earlier one of the same search.
+
+        Where its held-out error was not measured, that of the earlier one counts, and rejects it as before.
+        """
+        earlier = self.find(trial.search)
+        if earlier is not None and trial.cross is None:
+            trial = replace(trial, cross=earlier.cross, problem=trial.problem or earlier.problem)
         trials = {other.search: other for other in self.trials} | {trial.search: trial}
         return SearchRecord(tuple(trials.values()), self.next)
 
@@ -97,7 +103,7 @@ class SearchRecord:
             reason = ""
             if all(trial.problem for trial in self.trials):
                 measured = sum(trial.cross is not None for trial in self.trials)
-                ground = ("no held-out error was measured", "the held-out error of the other one was not measured")
+                ground = ("no held-out error was measured", "only one held-out error was measured")
                 comparison = (*ground, "no search has a lower held-out error")[measured]
                 reason = f", although alarms rejected it: {comparison}"
             lines.append(f'Kept search="{kept}"{reason}.')

@@ -127,13 +127,13 @@ def test_load_result_damaged_file_is_named(tmp_path, result):
     ("kept", "other", "reason"),
     [
         (0.3, 0.5, "no search has a lower held-out error"),
-        (0.3, None, "the held-out error of the other one was not measured"),
+        (0.3, None, "only one held-out error was measured"),
         (None, None, "no held-out error was measured"),
     ],
 )
-def test_search_record_both_rejected_keeps_the_one_that_was_measured(tmp_path, kept, other, reason):
+def test_search_record_both_rejected_exchanged_only_for_a_lower_error(tmp_path, kept, other, reason):
     trials = Trial("sfm", kept, "x"), Trial("dictionary", other, "x")
-    assert trials[0].is_better_than(trials[1]) == (kept is not None) and not trials[1].is_better_than(trials[0])
+    assert trials[0].is_better_than(trials[1]) == (other is not None) and not trials[1].is_better_than(trials[0])
     assert SearchRecord(trials).store(tmp_path, "sfm")[-1] == (
         f'Kept search="sfm", although alarms rejected it: {reason}.'
     )
@@ -174,6 +174,13 @@ def test_search_record_add_again_keeps_the_order():
     record = SearchRecord().add(Trial("sfm")).add(Trial("dictionary")).add(Trial("sfm", 0.5))
     assert [trial.search for trial in record.trials] == ["sfm", "dictionary"]
     assert record.find("sfm") == Trial("sfm", 0.5) and record.find("joint") is None
+
+
+def test_search_record_add_unmeasured_keeps_the_earlier_error_and_rejection():
+    record = SearchRecord((Trial("sfm", 1.9, "half of the views do not explain the others"),))
+    assert record.add(Trial("sfm")).find("sfm") == record.trials[0]
+    assert record.add(Trial("sfm", None, "duplication")).find("sfm") == Trial("sfm", 1.9, "duplication")
+    assert record.add(Trial("sfm", 0.1)).find("sfm") == Trial("sfm", 0.1)
 
 
 @pytest.mark.slow
