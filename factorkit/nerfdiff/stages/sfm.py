@@ -38,7 +38,7 @@ from factorkit.nerfdiff.stages.matches import (
 )
 from factorkit.utils.errors import CheckpointError, DataError, format_count
 
-VERSION = 3  # of this procedure, part of the key of stored results
+VERSION = 4  # of this procedure, part of the key of stored results
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
 # Points that half of a model's images must see; cameras that turn on the spot have 0 to 13 by chance, others hundreds.
 MIN_IMAGE_POINTS = 20
@@ -185,7 +185,7 @@ def _map_images(
     Registering one image after another found 43 of Lego's 100 cameras where this finds 97, and no ring of cameras.
     """
     with opened(colmap, path) as database:
-        is_exact = [camera.model_name == "PINHOLE" for camera in database.read_all_cameras()]
+        cameras = database.read_all_cameras()
         parallax = measure_parallax(colmap, database, images, ordered)
         reason = _explain_no_model(database, parallax)
         plain = [x.name for i, x in enumerate(images) if database.num_keypoints_for_image(i + 1) < MIN_PAIR_MATCHES]
@@ -199,18 +199,22 @@ def _map_images(
     for part in (mapper, mapper.rotation_averaging, mapper.global_positioning, mapper.retriangulation):
         part.random_seed = 0
     mapper.global_positioning.use_gpu = mapper.bundle_adjustment.ceres.use_gpu = False
-    if all(is_exact):
+    if all(camera.model_name == "PINHOLE" for camera in cameras):
         mapper.bundle_adjustment.refine_focal_length = mapper.bundle_adjustment.refine_extra_params = False
     work = folder / "models"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
+    runs = []
     # without a bar: COLMAP reports nothing in between
     line = f"sfm: cameras of {format_count(len(images), 'image')}, all at once"
     with tqdm(desc=line, bar_format="{desc}", disable=not progress, leave=False):
-        mapped = colmap.global_mapping(path, folder, work, options)
+        for database_path in _list_starts(colmap, path, work, cameras):
+            mapped = colmap.global_mapping(database_path, folder, work, options).values()
+            models = [model for model in mapped if _median_points(model) >= MIN_IMAGE_POINTS]
+            models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+            runs.append(models)
     shutil.rmtree(work)
-    models = [model for model in mapped.values() if _median_points(model) >= MIN_IMAGE_POINTS]
-    models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+    models = min(filter(None, runs), key=_rank_run, default=[])
     if not models:
         return SfmResult((), tuple(names), None, reason, plain=tuple(plain))
     largest = models[0]
@@ -230,6 +234,26 @@ def _map_images(
         other_models=tuple(model.num_reg_images() for model in models[1:]),
         plain=tuple(name for name in plain if name not in registered),
     )
+
+
+def _list_starts(colmap: ModuleType, path: Path, work: Path, cameras: Sequence[Any]) -> list[Path]:
+    """Return the database, and where focal lengths are unknown a copy with ones that suit the pairs (GLOMAP).
+
+    A wrong guess bends the poses of the pairs, of which all others are made: of four turntables with an unknown focal
+    length one had a seventh of its cameras wrong. But pairs of few or similar views give wrong focal lengths too.
+    The database itself stays as it is: an interrupted call starts from the same guesses.
+    """
+    if all(camera.has_prior_focal_length for camera in cameras):
+        return [path]
+    calibrated = work / DATABASE
+    shutil.copyfile(path, calibrated)
+    options = colmap.ViewGraphCalibrationOptions(random_seed=0)
+    return [path, calibrated] if colmap.calibrate_view_graph(calibrated, options) else [path]
+
+
+def _rank_run(models: Sequence[Any]) -> tuple[int, float]:
+    """Return what is lower for the better of two mappings, by its largest model."""
+    return -models[0].num_reg_images(), models[0].compute_mean_reprojection_error()
 
 
 def _median_points(model: Any) -> float:

@@ -370,3 +370,30 @@ def test_read_feature_images_two_sizes_have_two_cameras(tmp_path):
     images = read_feature_images(list_views(tmp_path).views, False)
     assert len({image.camera_key for image in images}) == 2
     assert [image.focal for image in images] == ["unknown"] * 3
+
+
+@pytest.mark.parametrize(
+    ("priors", "is_calibrated", "count"), [((True, True), True, 1), ((True, False), False, 1), ((True, False), True, 2)]
+)
+def test_list_starts_unknown_focal_length_adds_a_calibrated_copy(tmp_path, priors, is_calibrated, count):
+    def calibrate(path, options):
+        path.write_text("calibrated")
+        return is_calibrated
+
+    colmap = SimpleNamespace(ViewGraphCalibrationOptions=dict, calibrate_view_graph=calibrate)
+    (tmp_path / "work").mkdir()
+    (tmp_path / sfm.DATABASE).write_text("guesses")
+    cameras = [SimpleNamespace(has_prior_focal_length=prior) for prior in priors]
+    starts = sfm._list_starts(colmap, tmp_path / sfm.DATABASE, tmp_path / "work", cameras)
+    assert [path.read_text() for path in starts] == ["guesses", "calibrated"][:count]
+
+
+@pytest.mark.parametrize(
+    ("other", "is_kept"), [((9, 0.1), False), ((10, 0.3), False), ((10, 0.1), True), ((11, 0.9), True)]
+)
+def test_rank_run_more_images_then_lower_error_is_kept(other, is_kept):
+    first, second = (
+        [SimpleNamespace(num_reg_images=lambda n=n: n, compute_mean_reprojection_error=lambda e=e: e)]
+        for n, e in ((10, 0.2), other)
+    )
+    assert (min(first, second, key=sfm._rank_run) is second) == is_kept
