@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from benchmarks.recording import commit, machine, read_results, write_result
+from benchmarks.recording import read_results, record_once
 from factorkit.data.procedural.scene import STEP, make_scene_field
 from factorkit.data.procedural.scene import _make_occupancy as make_occupancy
 from factorkit.data.views.views import Views, resize_area
@@ -220,6 +221,11 @@ def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+def measure(name: str, seed: int, **changes: Any) -> dict[str, Any]:
+    """Find and score the cameras of a capture with faults that are joined by +, or none."""
+    return find_cameras(make_capture(() if name == "none" else name.split("+"), seed=seed), seed, **changes)
+
+
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a line for each run."""
     lines = [
@@ -246,10 +252,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.faults:
             key = " ".join([name, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"])
-            if key not in read_results(RESULTS):
-                views = make_capture(() if name == "none" else name.split("+"), seed=seed)
-                result = find_cameras(views, seed, **changes) | {"machine": machine(1), "commit": commit()}
-                write_result(RESULTS, key, result)
+            record_once(RESULTS, key, partial(measure, name, seed, **changes))
     print(format_table(read_results(RESULTS)))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.alarm_inputs import damage
-from benchmarks.recording import commit, machine, read_results, write_result
+from benchmarks.recording import read_results, record_once
 from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.epipolar_check import MIN_EPIPOLAR_SHARE, judge_matches, match_views, measure_motion
@@ -132,9 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.sets if arguments.data else ():
-        if name not in read_results(RESULTS):
-            result = score_set(name, arguments.data)
-            write_result(RESULTS, name, result | {"machine": machine(1), "commit": commit()})
+        record_once(RESULTS, name, partial(score_set, name, arguments.data))
     print(format_table(read_results(RESULTS)))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.captures import make_capture
-from benchmarks.recording import commit, machine, read_results, write_result
+from benchmarks.recording import read_results, record_once
 from factorkit import object_masks
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.open import open_views
@@ -127,6 +128,15 @@ def score_set(name: str, data: Path, folder: Path) -> dict[str, Any]:
     return result
 
 
+def measure(name: str, data: Path, out: Path | None) -> dict[str, Any]:
+    """Make and score the masks of a set; keep the run in a folder, if there is one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            return score_set(name, data, (out or Path(temporary)) / name.replace(", ", "-").replace(" ", ""))
+        except DataError as error:
+            return {"checks": [], "failures": [f"refused: {error}"]}
+
+
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a line for each set."""
     names = ("colours that masks share with their background", "views whose mask reaches the border", HULL_CHECK)
@@ -150,15 +160,7 @@ def main() -> None:
     object_masks.SETTINGS |= {"threads": 1}
     torch.set_num_threads(1)
     for name in arguments.sets if arguments.data else ():
-        if name in read_results(RESULTS):
-            continue
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = (arguments.out or Path(temporary)) / name.replace(", ", "-").replace(" ", "")
-            try:
-                result = score_set(name, arguments.data, folder)
-            except DataError as error:
-                result = {"checks": [], "failures": [f"refused: {error}"]}
-        write_result(RESULTS, name, result | {"machine": machine(1), "commit": commit()})
+        record_once(RESULTS, name, partial(measure, name, arguments.data, arguments.out))
     print(format_table(read_results(RESULTS)))
 
 

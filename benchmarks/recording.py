@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from factorkit.utils.files import replacing
@@ -25,6 +26,13 @@ def write_result(path: Path, key: str, record: dict) -> None:
         results = {**read_results(path), key: record}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def record_once(path: Path, key: str, measure: Callable[[], dict]) -> None:
+    """Add what ``measure`` returns, on one thread, with machine and commit, unless there is a record already."""
+    if key not in read_results(path):
+        facts = {"machine": machine(1), "commit": commit()}  # of the code that runs, which may change meanwhile
+        write_result(path, key, measure() | facts)
 
 
 def append_row(path: Path, row: dict[str, object]) -> None:

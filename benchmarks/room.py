@@ -14,12 +14,13 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.recording import commit, machine, read_results, write_result
+from benchmarks.recording import read_results, record_once
 from benchmarks.room_photos import make_photos
 from factorkit.data.views.views import Views
 from factorkit.metrics.image import psnr
@@ -52,6 +53,11 @@ def train_and_score(training: Views, held_out: Views, **settings: Any) -> dict[s
             "unbounded": run.config.unbounded,
             "processor_seconds": round(seconds),
         }
+
+
+def measure(seed: int, light: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Train on the photos of a room, and score."""
+    return train_and_score(*make_photos(seed, **light), **settings)
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:
@@ -87,10 +93,8 @@ def main() -> None:
     for seed in args.seeds:
         for way in args.ways:
             words = [f"{args.size} px", way, *(f"{k}={v}" for k, v in (light | changes).items()), f"seed={seed}"]
-            if (key := " ".join(words)) not in read_results(RESULTS):
-                photos = make_photos(seed, **light)
-                result = train_and_score(*photos, resolution=args.size, **WAYS[way], **changes)
-                write_result(RESULTS, key, result | {"machine": machine(1), "commit": commit()})
+            settings = {"resolution": args.size, **WAYS[way], **changes}
+            record_once(RESULTS, " ".join(words), partial(measure, seed, light, **settings))
     print(format_table(read_results(RESULTS)))
 
 

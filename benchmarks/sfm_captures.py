@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.captures import FOV, expand_faults, make_cameras, spoil_masks
-from benchmarks.recording import commit, machine, read_results, write_result
+from benchmarks.recording import read_results, record_once
 from factorkit.data.views.colmap import read_model
 from factorkit.metrics.pose import pose_errors
 from factorkit.nerfdiff.registered_views import MODEL_FOLDER, SFM_FOLDER
@@ -115,6 +116,14 @@ def find_cameras(folder: Path, poses: Tensor, focal: bool, seed: int, **changes:
     }
 
 
+def measure(name: str, seed: int) -> dict[str, Any]:
+    """Find and score the cameras of photos with faults that are joined by +, or none."""
+    faults = expand_faults(() if name == "none" else name.split("+"))
+    with tempfile.TemporaryDirectory() as folder:
+        poses = write_turntable(Path(folder), faults, seed=seed)
+        return find_cameras(Path(folder), poses, "focal" not in faults, seed)
+
+
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """Return a line for each run."""
     lines = [
@@ -141,14 +150,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for seed in args.seeds:
         for name in args.faults:
-            key = f"{name} seed={seed}"
-            if key in read_results(RESULTS):
-                continue
-            faults = expand_faults(() if name == "none" else name.split("+"))
-            with tempfile.TemporaryDirectory() as folder:
-                poses = write_turntable(Path(folder), faults, seed=seed)
-                result = find_cameras(Path(folder), poses, "focal" not in faults, seed)
-            write_result(RESULTS, key, result | {"machine": machine(1), "commit": commit()})
+            record_once(RESULTS, f"{name} seed={seed}", partial(measure, name, seed))
     print(format_table(read_results(RESULTS)))
 
 

@@ -60,6 +60,7 @@ class SfmResult:
         other_models: number of images of the other models, which share no points with the largest.
         still_pairs: how many pairs of images have most matches at the same place, and how many match at all.
         plain: names of the images with hardly any features.
+        focal_from: what unknown focal lengths were found from; "": none was unknown.
     """
 
     registered: tuple[str, ...]
@@ -71,6 +72,7 @@ class SfmResult:
     other_models: tuple[int, ...] = ()
     still_pairs: tuple[int, int] = (0, 0)
     plain: tuple[str, ...] = ()
+    focal_from: str = ""
 
     @property
     def share(self) -> float:
@@ -99,6 +101,8 @@ class SfmResult:
         if self.other_models:
             sizes = ", ".join(map(str, self.other_models))
             text += f" Not used: {format_count(len(self.other_models), 'separate model')} of {sizes} images."
+        if self.focal_from:
+            text += f" Unknown focal lengths were found from {self.focal_from}."
         return [*still, text]
 
     def _describe_plain(self, limit: int) -> str:
@@ -204,17 +208,19 @@ def _map_images(
     work = folder / "models"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    runs = []
+    starts = _list_starts(colmap, path, work, cameras)
+    runs: dict[str, list[Any]] = {}
     # without a bar: COLMAP reports nothing in between
     line = f"sfm: cameras of {format_count(len(images), 'image')}, all at once"
     with tqdm(desc=line, bar_format="{desc}", disable=not progress, leave=False):
-        for database_path in _list_starts(colmap, path, work, cameras):
+        for name, database_path in starts.items():
             mapped = colmap.global_mapping(database_path, folder, work, options).values()
             models = [model for model in mapped if _median_points(model) >= MIN_IMAGE_POINTS]
             models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
-            runs.append(models)
+            runs[name] = models
     shutil.rmtree(work)
-    models = min(filter(None, runs), key=_rank_run, default=[])
+    start = min(filter(runs.get, runs), key=lambda name: _rank_run(runs[name]), default="")
+    models = runs.get(start, [])
     if not models:
         return SfmResult((), tuple(names), None, reason, plain=tuple(plain))
     largest = models[0]
@@ -233,22 +239,27 @@ def _map_images(
         error=largest.compute_mean_reprojection_error(),
         other_models=tuple(model.num_reg_images() for model in models[1:]),
         plain=tuple(name for name in plain if name not in registered),
+        focal_from=start,
     )
 
 
-def _list_starts(colmap: ModuleType, path: Path, work: Path, cameras: Sequence[Any]) -> list[Path]:
+def _list_starts(colmap: ModuleType, path: Path, work: Path, cameras: Sequence[Any]) -> dict[str, Path]:
     """Return the database, and where focal lengths are unknown a copy with ones that suit the pairs (GLOMAP).
+
+    Keys say where unknown focal lengths come from; "" where none is unknown.
 
     A wrong guess bends the poses of the pairs, of which all others are made: of four turntables with an unknown focal
     length one had a seventh of its cameras wrong. But pairs of few or similar views give wrong focal lengths too.
     The database itself stays as it is: an interrupted call starts from the same guesses.
     """
     if all(camera.has_prior_focal_length for camera in cameras):
-        return [path]
-    calibrated = work / DATABASE
+        return {"": path}
+    starts, calibrated = {"guesses": path}, work / DATABASE
     shutil.copyfile(path, calibrated)
     options = colmap.ViewGraphCalibrationOptions(random_seed=0)
-    return [path, calibrated] if colmap.calibrate_view_graph(calibrated, options) else [path]
+    if colmap.calibrate_view_graph(calibrated, options):
+        starts["the pairs of images"] = calibrated
+    return starts
 
 
 def _rank_run(models: Sequence[Any]) -> tuple[int, float]:

@@ -49,6 +49,8 @@ def photos():
 def test_find_cameras_known_scene_poses_reprojection_and_resume(tmp_path, photos, monkeypatch):
     result = sfm.find_cameras(photos, tmp_path / "a", False, False)
     assert len(result.registered) == len(POSES) and result.error <= 0.5
+    # those that suit so few pairs would leave 4.5 degrees
+    assert result.focal_from == "guesses" and "focal lengths were found from guesses." in result.describe()[-1]
     model = read_model(tmp_path / "a")
     poses = torch.from_numpy(np.stack([model.cameras[image.name].pose for image in photos]))
     errors = pose_errors(poses, torch.from_numpy(POSES))
@@ -385,7 +387,8 @@ def test_list_starts_unknown_focal_length_adds_a_calibrated_copy(tmp_path, prior
     (tmp_path / sfm.DATABASE).write_text("guesses")
     cameras = [SimpleNamespace(has_prior_focal_length=prior) for prior in priors]
     starts = sfm._list_starts(colmap, tmp_path / sfm.DATABASE, tmp_path / "work", cameras)
-    assert [path.read_text() for path in starts] == ["guesses", "calibrated"][:count]
+    assert [path.read_text() for path in starts.values()] == ["guesses", "calibrated"][:count]
+    assert list(starts) == ([""] if all(priors) else ["guesses", "the pairs of images"][:count])
 
 
 @pytest.mark.parametrize(
