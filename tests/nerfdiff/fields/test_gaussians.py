@@ -23,7 +23,7 @@ from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS, FreePoses, OrbitPo
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.fields.base import Appearance, build_background
-from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianField
+from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, RATES, GaussianField, neighbour_distances
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views, sample_surface
 from factorkit.nerfdiff.scene import open_scene
@@ -471,3 +471,9 @@ def test_run_with_gaussians_known_poses_renders_and_exports_as_a_scene(tmp_path)
     splats = factorkit.load(run.export(tmp_path / "splats.ply", data=data))
     torch.testing.assert_close(splats.model.field.means, run.model.field.means, rtol=0, atol=0)
     assert run.sample(1, steps=2).images.isfinite().all()
+
+
+def test_neighbour_distances_points_on_a_line_are_the_mean_of_three():
+    points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [3, 0, 0], [7, 0, 0], [20, 0, 0]])
+    torch.testing.assert_close(neighbour_distances(points), torch.tensor([11.0, 9, 9, 17, 49]) / 3)
+    torch.testing.assert_close(neighbour_distances(points[:2]), torch.ones(2))
