@@ -294,7 +294,7 @@ WORDS = (
     "ä\ud800",
     "%s%n",
     "../..",
-    "/dev/null",
+    "/proc/version",
     "*",
     "x" * 3000,
     "cuda:99",
