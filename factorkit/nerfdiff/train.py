@@ -38,9 +38,9 @@ from factorkit.nerfdiff.search import (
 )
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
-from factorkit.nerfdiff.stages.pose_search import find_order
 from factorkit.nerfdiff.stages.recentre import is_unevenly_framed
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
+from factorkit.nerfdiff.stages.walks import find_order
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.nerfdiff.unregistered import localise_unregistered, report_registration
 from factorkit.utils import distributed

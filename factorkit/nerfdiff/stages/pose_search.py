@@ -6,35 +6,31 @@ turn, and unless the last views return to the first ones, from as many turns or 
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.files import natural_order
-from factorkit.data.views.views import resize_area, target_size
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
     direction_grid,
-    direction_vectors,
     forward_facing_poses,
     orbit_poses,
     position_grid,
     rotate_about_z,
 )
-from factorkit.nerfdiff.scene import Scene, gaussian_blur
+from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
 from factorkit.nerfdiff.stages.stage_training import StageTraining
+from factorkit.nerfdiff.stages.walks import WAYS, Way, follow_walk, other_turns, ring_directions, unevenness
 from factorkit.utils import distributed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
@@ -43,20 +39,9 @@ MASK_WEIGHT = 0.3  # of the silhouettes, in the refinement of objects off the ce
 MAX_RING_RATIO = 0.6  # of the held-out errors of both ways around: turns have .27 to .47
 # of the short fit that separates starts
 START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
-
-Way = Literal["left", "right"]
-Order = Literal["names", "times"]  # what gives the order of the views: their names, or when they were taken
-
-MAX_LIKENESS_RATIO = 0.8  # rings have .03 to .5; views in random order .97 to 1.07
-MIN_ORDERED_VIEWS = 12
 RING_ELEVATIONS = (25.0, 10.0, 40.0)  # degrees, the first is tried both ways; the refinement corrects the rest
-PARTS_OF_TURN = (0.5, 0.75)  # where no view returns to an earlier one; the refinement corrects the rest
-MAX_RETURN_RATIO = 0.5  # of excess likenesses, after a turn over that of neighbours: turns .6 to 2.2, others up to .43
-RETURN_SHARE = 0.05  # of the views: over so many more and fewer steps likenesses are averaged
-WHOLE_TURN_TOLERANCE = 0.15  # in turns: this close to one turn the walk starts as one
-WAYS: tuple[Way, Way] = ("left", "right")
-MAX_NUMBER_GAP = 4.0  # in median steps: larger gaps between the numbers of names are pauses, not missing views
-LIKENESS_SIDE, LIKENESS_BLUR = 32, 1.0  # longer side of the compared images and blur, in pixels
+UNEVEN_ROUNDS = 2  # of walks through the field of the last one; more gain little
+MIN_UNEVENNESS = 10.0  # degrees from an even walk: uneven ones have 13 to 16, steps that vary at random 7 to 9
 
 
 class DictionarySearch:
@@ -149,17 +134,18 @@ class DictionarySearch:
         """Return an even walk, or what ``search`` returns [V, 3]: from which a short fit explains held-out views best.
 
         The search is left out if one way around, with as many turns as fit best, explains the views much better than
-        the other: then a walk fits.
+        the other: then a walk fits. Where the best fit shows the views unevenly spaced, their walk is a start too.
         """
         training = self.training
         starts: dict[str, tuple[Tensor, float]] = {}  # directions, and turns around the object
+        fits: dict[str, Any] = {}
         errors: dict[str, float] = {}
 
         def try_start(name: str, direction: Tensor, turns: float = 1.0) -> float:
             starts[name] = direction.to(training.device), turns
             poses = self._orbit_poses(starts[name][0]).requires_grad_()
-            fitted = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
-            errors[name] = training.cross_fit(f"start {name} half ", fitted.poses().detach(), self.scene).cross
+            fits[name] = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
+            errors[name] = training.cross_fit(f"start {name} half ", fits[name].poses().detach(), self.scene).cross
             return errors[name]
 
         def try_walk(way: Way, elevation: float, turns: float) -> float:
@@ -181,15 +167,28 @@ class DictionarySearch:
         if not better < MAX_RING_RATIO * worse:
             try_start("search", search())
         best = min(errors, key=lambda name: errors[name])
+        even, uneven = ring_directions(self.scene, one, first, turns), dict[str, float]()
+        for number in range(1, UNEVEN_ROUNDS + 1):
+            name, fitted = f"uneven {number}", fits[best]
+            walk = follow_walk(fitted.field, fitted.poses().detach(), self.centred, fitted.samples, one, turns)
+            uneven[name] = unevenness(walk, even)
+            if uneven[name] < MIN_UNEVENNESS or try_start(name, walk, turns) > errors[best]:
+                break
+            best = name
         training.log_once("starts", held_out_cross=errors, best=best)
         direction, turns = starts[best]
         training.scene = replace(training.scene, turns=turns)
-        if turns != 1 and training.progress and distributed.rank() == 0:
-            tqdm.write(
-                f"a walk of about {turns:.2g} turns around the object explains the views better than one whole turn",
-                file=sys.stderr,
+        if turns != 1:
+            self._say(
+                f"a walk of about {turns:.2g} turns around the object explains the views better than one whole turn"
             )
+        if best in uneven:
+            self._say(f"the views are unevenly spaced around the object, by about {uneven[best]:.0f} degrees")
         return direction
+
+    def _say(self, text: str) -> None:
+        if self.training.progress and distributed.rank() == 0:
+            tqdm.write(text, file=sys.stderr)
 
     def _orbit_poses(self, position: Tensor) -> OrbitPoses:
         """Return poses of cameras in directions [V, 3] from the origin, which see it at the centre of their object."""
@@ -216,110 +215,3 @@ class DictionarySearch:
             poses = poses.with_directions(direction)
             moved += int((direction[choosing] != before).any(1).sum())
         return poses, moved
-
-
-def likeness_ratio(images: Tensor) -> float:
-    """Return the median squared difference of consecutive images [V, 3, H, W] over that of all pairs."""
-    squared = _squared_differences(images)
-    return float(squared.diagonal(1).median() / _median_pair(squared))
-
-
-def return_lag(images: Tensor) -> int | None:
-    """Return after how many steps images [V, 3, H, W] in their order return to where they were; None if they do not.
-
-    What makes a view unlike all others (exposure, a wrong mask) is taken off: likenesses are those in excess of the
-    means of both views. The first return counts.
-    """
-    squared, count = _squared_differences(images), len(images)
-    others = ~torch.eye(count, dtype=torch.bool, device=squared.device)
-    mean = squared.sum(1) / (count - 1)
-    excess = squared - mean[:, None] - mean + mean.mean()
-    pairs = torch.arange(count - 1, 0, -1).to(excess)
-    sums = torch.stack([(excess * others).diagonal(lag).sum() for lag in range(1, count)])
-    reach = max(1, round(RETURN_SHARE * count))
-    kernel = torch.ones(1, 1, 2 * reach + 1).to(sums)
-    total, weight = (F.conv1d(x[None, None], kernel, padding=reach)[0, 0] for x in (sums, pairs))
-    profile = (total / weight).tolist()
-    limit, away, best = MAX_RETURN_RATIO * profile[0], False, None
-    for lag, value in enumerate(profile, 1):
-        away = away or value > 0
-        if away and value < limit:
-            best = lag if best is None or value < profile[best - 1] else best
-        elif best is not None:
-            break
-    return best
-
-
-def _squared_differences(images: Tensor) -> Tensor:
-    size = target_size(min(LIKENESS_SIDE, max(images.shape[2:])), *images.shape[2:])
-    small = gaussian_blur(resize_area(images, *size), LIKENESS_BLUR).flatten(1)
-    return torch.cdist(small, small).square()
-
-
-def _median_pair(squared: Tensor) -> Tensor:
-    others = ~torch.eye(len(squared), dtype=torch.bool, device=squared.device)
-    return squared[others].median().clamp_min(1e-9)
-
-
-def find_order(scene: Scene) -> Order | None:
-    """Return in which order the views of an object follow one another: consecutive ones are more alike than others."""
-    if len(scene.images) < MIN_ORDERED_VIEWS:
-        return None
-    images = _centred_images(scene)
-    if likeness_ratio(images[order_of_names(scene.names)]) < MAX_LIKENESS_RATIO:
-        return "names"
-    by_time = scene.times is not None and likeness_ratio(images[scene.times.argsort(stable=True)]) < MAX_LIKENESS_RATIO
-    return "times" if by_time else None
-
-
-def other_turns(scene: Scene) -> tuple[float, ...]:
-    """Return how often, other than once, the views of an object may go around it, by their order and likeness."""
-    rows = ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None).argsort()
-    lag = return_lag(_centred_images(scene)[rows])
-    if lag is None:
-        return PARTS_OF_TURN
-    turns = len(rows) / lag
-    return (turns,) if abs(turns - 1) > WHOLE_TURN_TOLERANCE else ()
-
-
-def _centred_images(scene: Scene) -> Tensor:
-    if scene.foreground is None:
-        return scene.images
-    return recentre_scene(scene, foreground_offsets(scene.foreground)).images
-
-
-def ring_azimuths(names: list[str], times: Tensor | None = None) -> Tensor:
-    """Return azimuths [V] in degrees of views that are evenly spaced around an object, by the numbers of their names.
-
-    Numbers that are missing leave gaps. Names without rising numbers, or with long gaps, count as one step each; so do
-    views in the order of ``times`` [V], if given.
-    """
-    if times is not None:
-        return (360 * times.argsort(stable=True).argsort() / len(names)).float()
-    order = order_of_names(names)
-    numbers = [re.findall(r"[0-9]+", names[i]) for i in order]
-    positions = torch.arange(len(names), dtype=torch.float64)
-    if all(numbers):
-        last = torch.tensor([float(found[-1]) for found in numbers], dtype=torch.float64)
-        steps = last.diff()
-        if (steps > 0).all() and steps.max() <= MAX_NUMBER_GAP * steps.median():
-            positions = (last - last[0]) / steps.median()
-    azimuths = (360 * positions / (positions[-1] + 1)).float()
-    return azimuths[torch.tensor(order).argsort()]
-
-
-def order_of_names(names: list[str]) -> list[int]:
-    """Return the rows of views in their order: as given, or of a listing, where 10 is before 2, in natural order."""
-    return natural_order(names) if names == sorted(names) else list(range(len(names)))
-
-
-def ring_directions(scene: Scene, way: Way, elevation: float, turns: float = 1.0) -> Tensor:
-    """Return directions [V, 3] of an even walk of some turns around the object.
-
-    Args:
-        way: "left" is counter-clockwise from above.
-        elevation: in degrees.
-        turns: around the object.
-    """
-    azimuths = turns * ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None)
-    return direction_vectors(azimuths if way == "left" else -azimuths, torch.full_like(azimuths, elevation))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,115 +8,18 @@ import torch
 from benchmarks.captures import FAULTS, WALKS, make_capture
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.run_folder import claimed
-from factorkit.nerfdiff.cameras.poses import azimuth_degrees
+from factorkit.nerfdiff.cameras.poses import azimuth_degrees, direction_vectors
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.held_out import HeldOutErrors
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
-from factorkit.nerfdiff.stages.pose_search import (
-    PARTS_OF_TURN,
-    RING_ELEVATIONS,
-    find_order,
-    other_turns,
-    return_lag,
-    ring_azimuths,
-    ring_directions,
-)
-from factorkit.nerfdiff.train import choose_capture_settings, estimate, list_notes, train_nerfdiff
+from factorkit.nerfdiff.stages.pose_search import RING_ELEVATIONS
+from factorkit.nerfdiff.stages.walks import ring_directions
+from factorkit.nerfdiff.train import estimate, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
 from factorkit.utils.files import read_log
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("names", "turns"),
-    [
-        (["a1.png", "a2.png", "a3.png", "a5.png"], [0, 72, 144, 288]),
-        (["x/b7_10.jpg", "x/b7_20.jpg", "x/b7_30.jpg"], [0, 120, 240]),
-        (["front", "left", "right"], [0, 120, 240]),
-        (["3.png", "2.png", "1.png"], [0, 120, 240]),
-        (["20240101.png", "20240102.png", "20240103.png", "20240201.png"], [0, 90, 180, 270]),
-    ],
-)
-def test_ring_azimuths_follow_the_numbers_of_the_names(names, turns):
-    assert torch.allclose(ring_azimuths(names), torch.tensor(turns, dtype=torch.float32))
-
-
-def test_ring_azimuths_with_times_follow_their_order():
-    azimuths = ring_azimuths(["1.png", "2.png", "3.png", "4.png"], torch.tensor([7.0, 2.0, 9.0, 3.0]))
-    assert azimuths.tolist() == [180, 0, 270, 90]
-
-
-def test_order_of_names_without_leading_zeros_is_that_of_their_numbers():
-    """Folders list 10.png before 2.png."""
-    turn = open_scene(make_capture((), count=16, size=16), 16, CPU, False)
-    names = [f"{i}.png" for i in range(16)]
-    listed = torch.tensor(sorted(range(16), key=names.__getitem__))
-    scene = replace(turn, images=turn.images[listed], foreground=None, names=[names[i] for i in listed])
-    assert find_order(scene) == "names"
-    torch.testing.assert_close(ring_azimuths(scene.names), listed * 22.5)
-
-
-def test_ring_directions_go_both_ways():
-    scene = open_scene(make_procedural_views(8, 4), 4, CPU, False)
-    left, right = (ring_directions(scene, way, 25.0) for way in ("left", "right"))
-    assert torch.allclose(azimuth_degrees(left), torch.arange(8) * 45.0, atol=1e-3)
-    assert torch.allclose(left * torch.tensor([1.0, -1, 1]), right, atol=1e-6)
-    assert torch.allclose(left[:, 2].asin().rad2deg(), torch.full((8,), 25.0), atol=1e-3)
-    half = ring_directions(scene, "left", 25.0, 0.5)
-    assert torch.allclose(azimuth_degrees(half), torch.arange(8) * 22.5, atol=1e-3)
-
-
-def make_walk(turns: float, count: int = 40) -> torch.Tensor:
-    """Return images [V, 3, 8, 8] that follow an azimuth, each brighter or darker than the others."""
-    draw = torch.Generator().manual_seed(0)
-    azimuth = torch.arange(count) * (2 * torch.pi * turns / count)
-    waves = torch.cat([f(k * azimuth)[None] / k for k in (1, 2, 3) for f in (torch.cos, torch.sin)])
-    images = torch.einsum("kv,kchw->vchw", waves, torch.randn(6, 3, 8, 8, generator=draw))
-    return images + 0.5 * torch.randn(count, 1, 1, 1, generator=draw)
-
-
-@pytest.mark.parametrize(("turns", "tried"), [(0.5, PARTS_OF_TURN), (0.75, PARTS_OF_TURN), (1, ()), (1.5, 1.5), (2, 2)])
-def test_other_turns_follow_from_the_views_that_return(turns, tried):
-    images = make_walk(turns)
-    if isinstance(tried, (int, float)):
-        tried = pytest.approx((tried,), rel=0.08)
-    scene = open_scene(make_procedural_views(8, 4), 4, CPU, False)
-    scene = replace(scene, images=images, foreground=None, names=[f"{i:02d}.png" for i in range(40)])
-    assert other_turns(scene) == tried
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    mixed = replace(scene, images=images[order], times=order.double())
-    assert other_turns(mixed) == tried, "in the order of the times"
-
-
-def test_return_lag_of_more_turns_is_that_of_the_first_return():
-    """The third turn is more like the first than the second is."""
-    images = make_walk(3, 60)
-    images[20:40] += 0.5 * torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
-    assert return_lag(images) in (19, 20, 21)
-
-
-@pytest.mark.slow
-def test_find_order_by_names_by_times_or_none():
-    turn = open_scene(make_capture(("shift", "exposure"), count=16, size=16), 16, CPU, False)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    mixed = open_scene(make_capture(("shift", "exposure"), count=16, size=16).select(order), 16, CPU, False)
-    timed = replace(mixed, times=order.double())
-    assert [find_order(scene) for scene in (turn, mixed, timed)] == ["names", None, "times"]
-    back = ring_directions(timed, "left", 25.0)[order.argsort()]
-    torch.testing.assert_close(back, ring_directions(turn, "left", 25.0))
-    config = preset_config("fast", ordered="auto")
-    views = make_procedural_views(2, 4)
-    notes = [list_notes(views, scene, replace(config, ordered="yes"))[-1] for scene in (turn, timed)]
-    assert "order of their names" in notes[0] and "order of the times in their EXIF data" in notes[1]
-    unused = ({"poses": "known"}, {"poses": "learned"}, {"search": "sfm"}, {"search": "joint"})
-    for changes in unused:
-        assert not any("a walk" in note for note in list_notes(views, turn, replace(config, ordered="yes", **changes)))
-    forward = replace(turn, layout="forward")
-    assert not any("a walk" in note for note in list_notes(views, forward, replace(config, ordered="yes")))
-    assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed, timed)] == ["yes", "no", "yes"]
-    assert choose_capture_settings(replace(config, poses="known"), turn).ordered == "no"
 
 
 @pytest.mark.slow
@@ -133,15 +35,22 @@ def test_ordered_views_try_rings_and_log_the_choice_once(tmp_path, tiny, monkeyp
     assert run.poses.isfinite().all()
 
 
-def choose_start(cross: dict[str, float], searched: torch.Tensor):
-    """Choose among starts of these held-out errors; return the start, the training and what it logged."""
+def choose_start(cross: dict[str, float], searched: torch.Tensor, monkeypatch, walk: torch.Tensor | None = None):
+    """Choose among starts of these held-out errors, with this walk through their fields (None: an even one).
+
+    Returns:
+        The start, the training and what it logged.
+    """
+    monkeypatch.setattr(pose_search, "follow_walk", lambda *given: walk)
+    if walk is None:
+        monkeypatch.setattr(pose_search, "unevenness", lambda walk, even: 9.0)
     logged: dict = {}
     training = SimpleNamespace(
         config=preset_config("fast"),
         scene=open_scene(make_procedural_views(4, 4), 4, CPU, False),
         device=CPU,
         progress=True,
-        fit_small=lambda name, poses, **options: SimpleNamespace(poses=poses),
+        fit_small=lambda name, poses, **options: SimpleNamespace(poses=poses, field=None, samples=4),
         cross_fit=lambda name, poses, scene: HeldOutErrors(cross[name.removeprefix("start ").split(" half")[0]], 0.0),
         log_once=lambda event, **values: logged.update(values),
     )
@@ -153,7 +62,7 @@ def test_choose_start_where_one_way_around_fits_leaves_out_the_search(wrong_way,
     monkeypatch.setattr(pose_search, "other_turns", lambda scene: ())
     cross = {"left 25": 0.3, "right 25": wrong_way, "left 10": 0.4, "left 40": 0.2, "search": 0.1}
     searched = torch.eye(3)[[2, 2, 2, 2]] * 0.9
-    start, training, logged = choose_start(cross, searched)
+    start, training, logged = choose_start(cross, searched, monkeypatch)
     assert len(logged["held_out_cross"]) == names
     assert logged["best"] == ("search" if names == 5 else "left 40")
     assert torch.equal(start, searched) == (names == 5)
@@ -164,10 +73,24 @@ def test_choose_start_where_a_part_of_a_turn_fits_best_tries_it_both_ways(monkey
     monkeypatch.setattr(pose_search, "other_turns", lambda scene: (0.5, 0.75))
     cross = {"left 25": 0.35, "right 25": 0.3, "right 25 turns 0.5": 0.25, "right 25 turns 0.75": 0.26}
     cross |= {"left 25 turns 0.5": 0.1, "left 10 turns 0.5": 0.12, "left 40 turns 0.5": 0.11}
-    start, training, logged = choose_start(cross, torch.zeros(4, 3))
+    start, training, logged = choose_start(cross, torch.zeros(4, 3), monkeypatch)
     assert logged["held_out_cross"] == cross and logged["best"] == "left 25 turns 0.5"
     torch.testing.assert_close(start, ring_directions(training.scene, "left", 25.0, 0.5))
     assert training.scene.turns == 0.5 and "about 0.5 turns around the object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "best"), [(0.3, 0.1, "left 25"), (0.2, 0.25, "uneven 1"), (0.2, 0.1, "uneven 2")]
+)
+def test_choose_start_of_uneven_views_follows_them_while_the_error_falls(first, second, best, monkeypatch, capsys):
+    monkeypatch.setattr(pose_search, "other_turns", lambda scene: ())
+    cross = {"left 25": 0.25, "right 25": 0.9, "left 10": 0.4, "left 40": 0.4, "uneven 1": first, "uneven 2": second}
+    walk = direction_vectors(torch.tensor([0.0, 10, 20, 200]), torch.full((4,), 25.0))
+    start, _, logged = choose_start(cross, torch.zeros(4, 3), monkeypatch, walk)
+    assert logged["best"] == best
+    assert ("uneven 2" in logged["held_out_cross"]) == (best != "left 25")
+    assert torch.equal(start, walk) == (best != "left 25")
+    assert ("unevenly spaced around the object, by about 5" in capsys.readouterr().err) == (best != "left 25")
 
 
 def test_complete_settings_of_an_earlier_version_are_not_ordered(tmp_path):
