@@ -34,7 +34,7 @@ SFM_STAGES = ["sfma", "refine", "distil", "cross 6a", "cross 6b", "shared 6a", "
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
     "dictionary": ({"finetune_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
-    "ordered": ({"ordered": "yes"}, ["start right 25", "start right 25 half b", "start search", "refine"]),
+    "ordered": ({"ordered": "yes"}, ["start right 25 half b", "start search", "start uneven 1", "refine"]),
     "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
@@ -156,7 +156,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
         torch.set_num_threads(1)
         pipeline.write_report = stage_training.write_report = lambda folder: None
         stage_training.HELD_OUT_STEPS = 6
-        pose_search.RING_ELEVATIONS, pose_search.START_FIT["steps"] = (25.0,), 6
+        pose_search.RING_ELEVATIONS, pose_search.START_FIT["steps"], pose_search.MIN_UNEVENNESS = (25.0,), 6, -1.0
         fit.MIN_COARSE_SIDE, gaussians.RELOCATE_EVERY = 8, 3
         if out.parent.name == "registered":
             prepare_search()
