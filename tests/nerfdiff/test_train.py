@@ -19,7 +19,6 @@ from factorkit.nerfdiff.train import choose_capture_settings, list_notes, train_
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log
 
-
 pytestmark = pytest.mark.usefixtures("short_flip_tests", "no_reports")
 
 
@@ -53,9 +52,10 @@ def test_training_interrupted_in_stages_resumes_bit_identically(name, tmp_path, 
         del settings["channel_mult"]
     train_nerfdiff(scene_views, out=tmp_path / "whole", **settings)
     for stage, fatal in stages.items():
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(StageTraining, "train_stage", die_in(stage, fatal))
-            train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
+            with pytest.raises(Killed):
+                train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
     train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == killed.keys()
