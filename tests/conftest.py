@@ -81,6 +81,14 @@ def reports_without_curves():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def previews_in_few_steps():
+    """Draw the generated images of segdiff's previews in 2 steps of 25: they take longer than a tiny training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def reports_with_curves():
     """Draw the curves of reports after all, until the end of the module."""

@@ -219,7 +219,7 @@ def _small(path: Path) -> bytes:
         image = stored.convert("RGB")
     image.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -21,7 +21,7 @@ def build(folder: Path, flags: list[str], sources: list[Path]) -> Path:
     """The compiled program."""
     program = folder / "check"
     includes = [f"-I{CSRC}", f"-I{HERE / 'emulation'}"]
-    common = ["-std=c++17", "-O1", "-fopenmp-simd", "-pthread", "-DFACTORKIT_CLONES="]
+    common = ["-std=c++17", "-fopenmp-simd", "-pthread", "-DFACTORKIT_CLONES="]
     command = [
         *CXX,
         *common,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
+from factorkit.nerfdiff.stages import stage_training
 from factorkit.nerfdiff.train import train_nerfdiff
 
 TINY = {
@@ -33,6 +34,7 @@ TINY = {
     "device": "cpu",
     "progress": False,
 }
+FLIP_TEST_STEPS = 6  # of 100: most steps of a tiny run
 
 
 @pytest.fixture(scope="session")
@@ -52,4 +54,22 @@ def finished(tmp_path_factory, scene_views):
     """A finished tiny run in a folder."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("nerfdiff") / "run"
-    return train_nerfdiff(scene_views, out=folder, extra_ema_decays=(0.5,), **TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_training, "HELD_OUT_STEPS", FLIP_TEST_STEPS)
+        return train_nerfdiff(scene_views, out=folder, extra_ema_decays=(0.5,), **TINY)
+
+
+@pytest.fixture(scope="module")
+def short_flip_tests():
+    """Fit the fields of flip tests and held-out checks for a few steps, where a test is not about their quality."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_training, "HELD_OUT_STEPS", FLIP_TEST_STEPS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_reports():
+    """Write no reports, which takes as long as the steps of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_training, "write_report", lambda folder: None)
+        yield

@@ -19,6 +19,7 @@ from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.forward import forward_views
 
 pycolmap = pytest.importorskip("pycolmap")
+pytestmark = pytest.mark.usefixtures("short_flip_tests")
 
 WAYS = {
     "dictionary": {},

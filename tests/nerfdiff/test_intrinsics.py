@@ -123,6 +123,7 @@ def test_fit_task_alarms_use_the_focal_length_of_the_fit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"search": "joint"}])
+@pytest.mark.usefixtures("short_flip_tests")
 def test_train_two_focal_lengths_run_keeps_them_and_resumes(tmp_path, tiny, settings):
     views = make_views(6, 8, 1)
     run = train_nerfdiff(views, out=tmp_path / "run", **{**tiny, **settings})

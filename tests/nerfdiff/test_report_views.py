@@ -12,6 +12,8 @@ from factorkit.nerfdiff.report_views import save_own_size_views
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.images import images_to_pixels
 
+pytestmark = pytest.mark.usefixtures("short_flip_tests")
+
 
 @pytest.fixture(scope="module")
 def views():

@@ -24,6 +24,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo, render_turned
 
 pytest.importorskip("pycolmap", reason="the extra `sfm`")
+pytestmark = pytest.mark.usefixtures("short_flip_tests")
 SIZE = (240, 320)
 POSES = orbit(np.arange(0, 88, 11.0))
 

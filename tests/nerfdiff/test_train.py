@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -13,13 +14,12 @@ from factorkit.nerfdiff.build import load_partial_run
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import open_scene
-from factorkit.nerfdiff.stages.dictionary import SearchTask
-from factorkit.nerfdiff.stages.distil import DistilTask
-from factorkit.nerfdiff.stages.joint import JointTask
-from factorkit.nerfdiff.stages.refine import FitTask
+from factorkit.nerfdiff.stages.stage_training import StageTraining
 from factorkit.nerfdiff.train import choose_capture_settings, list_notes, train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log
+
+pytestmark = pytest.mark.usefixtures("short_flip_tests", "no_reports")
 
 
 class Killed(BaseException):
@@ -30,48 +30,59 @@ def weights(folder):
     return Checkpoints(folder / "checkpoints").latest()[0]
 
 
-STAGES = {
-    "search": (SearchTask, {}, 13),
-    "refine": (FitTask, {}, 22 + 3),
-    "flip": (FitTask, {}, 22 + 4 + 7),
-    "distil": (DistilTask, {}, 4),
-    "distil, transformer": (DistilTask, {"poses": "known", "encoder": "vit", "encoder_depth": 2}, 4),
-    "joint": (JointTask, {"search": "joint"}, 4),
-    "joint, letter": (JointTask, {"search": "joint", "balance_candidates": False, "candidate_type": "thesis"}, 4),
-    "tune": (JointTask, {"finetune_steps": 5}, 4),
-    "learned": (FitTask, {"poses": "learned"}, 3),
-    "freedoms": (FitTask, {"optimize_camera": ("roll", "aim", "distance", "focal")}, 22 + 3),
-    "network": (FitTask, {"poses": "known", "field": "hashgrid"}, 3),
-    "occupancy": (FitTask, {"poses": "known", "occupancy": True, "field_steps": 24}, 15),
-    "occupancy, joint": (JointTask, {"search": "joint", "occupancy": True, "steps": 24}, 22),
-    "surroundings": (FitTask, {"background": "field", "appearance_dim": 2}, 22 + 3),
+#: by run: its settings, and the stages that are interrupted in turn with the step of each; others are in killed_run.py
+INTERRUPTED = {
+    "dictionary": ({"finetune_steps": 5}, {"search": 13, "refine": 3, "flip 0a": 5, "distil": 4, "tune": 4}),
+    "transformer": ({"poses": "known", "encoder": "vit", "encoder_depth": 2}, {"distil": 4}),
+    "thesis": ({"search": "joint", "balance_candidates": False, "candidate_type": "thesis"}, {"joint": 4}),
+    "occupancy": ({"poses": "known", "field": "hashgrid", "occupancy": True, "field_steps": 24}, {"fit": 15}),
+    "occupancy, joint": ({"search": "joint", "occupancy": True, "steps": 24}, {"joint": 22}),
+    "freedoms": (
+        {"optimize_camera": ("roll", "aim", "distance", "focal"), "background": "field", "appearance_dim": 2},
+        {"refine": 3},
+    ),
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_training_interrupted_in_any_stage_resumes_bit_identically(stage, tmp_path, scene_views, tiny, monkeypatch):
-    task, changes, fatal = STAGES[stage]
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_training_interrupted_in_stages_resumes_bit_identically(name, tmp_path, scene_views, tiny, monkeypatch):
+    changes, stages = INTERRUPTED[name]
     settings = tiny | changes
     if changes.get("encoder") == "vit":
         del settings["channel_mult"]
     train_nerfdiff(scene_views, out=tmp_path / "whole", **settings)
-    plain, calls = task.loss, [0]
-
-    def loss(self, *arguments):
-        calls[0] += 1
-        if calls[0] == fatal:
-            raise Killed
-        return plain(self, *arguments)
-
-    monkeypatch.setattr(task, "loss", loss)
-    with pytest.raises(Killed):
-        train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
-    monkeypatch.setattr(task, "loss", plain)
+    for stage, fatal in stages.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(StageTraining, "train_stage", die_in(stage, fatal))
+            with pytest.raises(Killed):
+                train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
     train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert [k for k in whole if not torch.equal(whole[k], killed[k])] == []
-    assert sum(e["event"] == "resume" for e in all_events(tmp_path / "killed")) >= 1
+    assert sum(e["event"] == "resume" for e in all_events(tmp_path / "killed")) >= len(stages)
+
+
+def die_in(stage, fatal):
+    """Return a train_stage that raises in this step of this stage."""
+    plain = StageTraining.train_stage
+
+    def train_stage(self, name, build_task, *rest, **changes):
+        def build_mortal(config):
+            task, steps = build_task(config), itertools.count(1)
+            loss = task.loss
+
+            def die(*arguments):
+                if next(steps) == fatal:
+                    raise Killed
+                return loss(*arguments)
+
+            task.loss = die
+            return task
+
+        return plain(self, name, build_mortal if name == stage else build_task, *rest, **changes)
+
+    return train_stage
 
 
 def test_train_other_final_field_keeps_the_focal_length_of_the_refinement(tmp_path, scene_views, tiny):
@@ -122,15 +133,11 @@ def test_train_same_call_changes_nothing_and_another_is_refused(finished, scene_
         train_nerfdiff(make_procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
 
 
-def test_train_true_poses_do_not_change_the_result(scene_views, tiny, tmp_path):
-    from dataclasses import replace
-
-    shuffled = replace(scene_views, poses=scene_views.poses.flip(0))
-    a = train_nerfdiff(scene_views, out=tmp_path / "a", **tiny)
-    b = train_nerfdiff(shuffled, out=tmp_path / "b", **tiny)
-    c = train_nerfdiff(replace(scene_views, poses=None), out=tmp_path / "c", **tiny)
-    for other in (b, c):
-        assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), other.model.parameters(), strict=True))
+def test_train_true_poses_do_not_change_the_result(scene_views, tiny, finished, tmp_path):
+    true = NerfdiffRun.load(finished.folder, device="cpu").model
+    for name, poses in (("shuffled", scene_views.poses.flip(0)), ("none", None)):
+        other = train_nerfdiff(replace(scene_views, poses=poses), out=tmp_path / name, **tiny).model
+        assert all(torch.equal(x, y) for x, y in zip(true.parameters(), other.parameters(), strict=True))
 
 
 def test_train_other_seed_differs(scene_views, tiny, finished, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
+from factorkit.nerfdiff.stages import stage_training
 from factorkit.reproduce import reproduce
 from factorkit.reproduce.experiments import generated_images, image_figures, scenes
 
@@ -60,6 +61,7 @@ def quick(tmp_path_factory, monkeypatch):
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generated_images.GENERATED, "small", (12, 2))
     monkeypatch.setattr(image_figures, "STEPS", 3)
+    monkeypatch.setattr(stage_training, "HELD_OUT_STEPS", 6)
     monkeypatch.setattr(scenes, "NUM_PROCEDURAL_VIEWS", 14)
     monkeypatch.setattr(scenes, "HELD_OUT_VIEWS", 6)
     monkeypatch.setattr("factorkit.nerfdiff.evaluate.register_scene", lambda model, start, true, images: start)

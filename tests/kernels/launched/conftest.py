@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from interpreter import accept_arrays_of_one_element
+from interpreter import accept_arrays_of_one_element, list_builtins_once
 
 from factorkit.ops import dispatch
 
@@ -16,7 +16,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 if INTERPRETED:
-    accept_arrays_of_one_element(importlib.import_module("triton.runtime.interpreter"))
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    accept_arrays_of_one_element(interpreter)
+    list_builtins_once(interpreter)
     dispatch.run_triton_kernels_on("cpu")
 
 

@@ -134,6 +134,7 @@ def test_appearance_codes_improve_views_of_varying_colour(tinted_views, tiny, tm
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}])
+@pytest.mark.usefixtures("short_flip_tests")
 def test_every_stage_has_appearance_codes(changes, tmp_path, scene_views, tiny):
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"appearance_dim": 2} | changes)
     assert run.model.field.appearance.codes.shape == (10, 2) and (run.model.field.appearance.codes != 0).any()

@@ -95,6 +95,7 @@ def test_resampled_grid_keeps_background_and_appearance():
 
 @pytest.mark.parametrize("background", BACKGROUNDS[1:])
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
+@pytest.mark.usefixtures("short_flip_tests")
 def test_run_learns_and_stores_the_background(background, changes, tmp_path, scene_views, tiny):
     views = replace(scene_views.with_background(SEA), background=None, masks=None)
     settings = tiny | {"background": background, "field_steps": 20} | changes

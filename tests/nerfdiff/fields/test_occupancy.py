@@ -129,6 +129,7 @@ def test_occupied_sampling_uses_the_trained_grid():
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
+@pytest.mark.usefixtures("short_flip_tests")
 def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views, tiny):
     steps = 2 * OCCUPANCY_UPDATE_EVERY + 2
     settings = tiny | {"occupancy": True, "field_steps": steps, "steps": steps} | changes
@@ -142,6 +143,7 @@ def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views
     assert torch.equal(single.model.field.occupancy.density, grid.density)
 
 
+@pytest.mark.usefixtures("short_flip_tests")
 def test_refine_grid_of_another_field_kind_has_no_occupancy(tmp_path, scene_views, tiny, monkeypatch):
     """With another kind of field asked for, the refinement's lattice goes without: it gains nothing."""
     from factorkit.nerfdiff.build import load_partial_run
