@@ -71,8 +71,9 @@ class NerfdiffConfig(EngineConfig):
     EXIF data, on a walk around the object. "yes": even walks are tried as starts too, of one turn and unless the last
     views return to the first ones of as many turns as the views suggest, in both directions and at several elevations,
     and an uneven walk if the best fit shows one; the start is kept from which a short fit explains held-out views best.
-    "auto", the default: "yes" if consecutive views are more alike than others. With search="sfm", "yes" is for a walk as well: each view is compared with the ten
-    before it by name, and every tenth with every other tenth; "auto" is "yes" for the frames of a video."""
+    "auto", the default: "yes" if consecutive views are more alike than others. With search="sfm", "yes" is for a walk
+    as well: each view is compared with the ten before it by name, and every tenth with every other tenth; "auto" is
+    "yes" for the frames of a video."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
