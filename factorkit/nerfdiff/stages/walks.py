@@ -159,9 +159,8 @@ def _even_azimuths(scene: Scene) -> Tensor:
 
 def unevenness(direction: Tensor, even: Tensor) -> float:
     """Return by how many degrees the azimuths of directions [V, 3] differ from those of others, turned to fit best."""
-    difference = torch.polar(
-        torch.ones(len(even)), (azimuth_degrees(direction) - azimuth_degrees(even)).cpu().deg2rad()
-    )
+    degrees = azimuth_degrees(direction.cpu()) - azimuth_degrees(even.cpu())
+    difference = torch.polar(torch.ones_like(degrees), degrees.deg2rad())
     return float((difference / difference.mean()).angle().rad2deg().square().mean().sqrt())
 
 

@@ -144,15 +144,15 @@ def cheapest_of_all(errors: torch.Tensor, steps: torch.Tensor, closed: bool) -> 
 )
 def test_cheapest_walk_equals_the_best_of_all_walks(steps, closed):
     draw = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        errors = 0.3 * torch.randn(4, 7, generator=draw)
+    for scale in (0.03, 0.1, 0.3):
+        errors = scale * torch.randn(4, 7, generator=draw)
         expected = cheapest_of_all(errors, torch.tensor(steps), closed)
         assert cheapest_walk(errors, torch.tensor(steps), closed).tolist() == expected
 
 
 @pytest.mark.parametrize("way", walks.WAYS)
 def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
-    """Each view differs from a render as the true camera from the render's, and one view is like its opposite."""
+    """Each view differs from a render as its camera from the render's; some are as from elsewhere."""
     scene = open_scene(make_procedural_views(24, 8), 8, CPU, False)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     scene = replace(scene, times=order.double())
@@ -161,12 +161,13 @@ def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
     azimuth = 40 + 360 * pace.cumsum(0) / pace.sum()
     azimuth = (azimuth if way == "left" else -azimuth)[order]
     rise = torch.linspace(10, 40, 24)[order]
-    true = direction_vectors(azimuth, rise)
+    true, lower = direction_vectors(azimuth, rise), order.argsort()[10:16]
 
     def errors(field, poses, *rest):
         rendered, views = camera_directions(poses), true.clone()
         views[order.argsort()[5]] *= torch.tensor([-1.0, -1, 1])
-        return torch.cdist(views, rendered).clamp_max(0.3)
+        views[lower] = direction_vectors(azimuth, rise - 30)[lower]
+        return torch.cdist(views, rendered).clamp_max(0.6)
 
     monkeypatch.setattr(walks, "candidate_errors", errors)
     start = orbit_poses(direction_vectors(0 * azimuth, rise), scene.distance)
@@ -175,7 +176,7 @@ def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
     kept = torch.arange(24) != order.argsort()[5]
     assert apart[kept].abs().max() < 3.1
     assert apart.abs().max() < 20, "the view that is like its opposite stays between its neighbours"
-    assert (found[:, 2].asin().rad2deg() - rise).abs().median() < 3
+    assert (found[:, 2].asin().rad2deg() - rise).abs().max() < 8, "each is compared near its own elevation"
     assert unevenness(found, ring_directions(scene, way, 25.0)) > 10
 
 
