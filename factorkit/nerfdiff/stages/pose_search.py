@@ -1,7 +1,8 @@
 """Find the cameras of unposed views: a search for a start, refinement, and the flip test.
 
 Captures in order also start from even walks around the object, in the order that their views were taken in: from one
-turn, and unless the last views return to the first ones, from as many turns or parts of one as the views suggest.
+turn, and unless the last views return to the first ones, from as many turns or parts of one as the views suggest. If
+the best of them shows that the views are spaced unevenly, their own walk is a start too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
 from factorkit.nerfdiff.stages.stage_training import StageTraining
-from factorkit.nerfdiff.stages.walks import WAYS, Way, follow_walk, other_turns, ring_directions, unevenness
+from factorkit.nerfdiff.stages.walks import (
+    WAYS,
+    Way,
+    even_azimuths,
+    follow_walk,
+    other_turns,
+    ring_directions,
+    unevenness,
+)
 from factorkit.utils import distributed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
@@ -167,11 +176,11 @@ class DictionarySearch:
         if not better < MAX_RING_RATIO * worse:
             try_start("search", search())
         best = min(errors, key=lambda name: errors[name])
-        even, uneven = ring_directions(self.scene, one, first, turns), dict[str, float]()
+        even, uneven = even_azimuths(self.scene), dict[str, float]()
         for number in range(1, UNEVEN_ROUNDS + 1):
             name, fitted = f"uneven {number}", fits[best]
-            walk = follow_walk(fitted.field, fitted.poses().detach(), self.centred, fitted.samples, one, turns)
-            uneven[name] = unevenness(walk, even)
+            walk = follow_walk(fitted.field, fitted.poses().detach(), self.centred, fitted.samples, one, turns, even)
+            uneven[name] = unevenness(walk, ring_directions(self.scene, one, first, turns))
             if uneven[name] < MIN_UNEVENNESS or try_start(name, walk, turns) > errors[best]:
                 break
             best = name
@@ -183,7 +192,7 @@ class DictionarySearch:
                 f"a walk of about {turns:.2g} turns around the object explains the views better than one whole turn"
             )
         if best in uneven:
-            self._say(f"the views are unevenly spaced around the object, by about {uneven[best]:.0f} degrees")
+            self._say(f"the views are spaced unevenly on their walk: {uneven[best]:.0f} degrees from even steps")
         return direction
 
     def _say(self, text: str) -> None:

@@ -102,7 +102,7 @@ def find_order(scene: Scene) -> Order | None:
 
 def other_turns(scene: Scene) -> tuple[float, ...]:
     """Return how often, other than once, the views of an object may go around it, by their order and likeness."""
-    rows = _even_azimuths(scene).argsort()
+    rows = even_azimuths(scene).argsort()
     lag = return_lag(_centred_images(scene)[rows])
     if lag is None:
         return PARTS_OF_TURN
@@ -149,11 +149,12 @@ def ring_directions(scene: Scene, way: Way, elevation: float, turns: float = 1.0
         elevation: in degrees.
         turns: around the object.
     """
-    azimuths = turns * _even_azimuths(scene)
+    azimuths = turns * even_azimuths(scene)
     return direction_vectors(azimuths if way == "left" else -azimuths, torch.full_like(azimuths, elevation))
 
 
-def _even_azimuths(scene: Scene) -> Tensor:
+def even_azimuths(scene: Scene) -> Tensor:
+    """Return azimuths [V] in degrees of an even turn, in the order of the views; see :func:`ring_azimuths`."""
     return ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None)
 
 
@@ -165,7 +166,9 @@ def unevenness(direction: Tensor, even: Tensor) -> float:
 
 
 @torch.no_grad()
-def follow_walk(field: Field, poses: Tensor, scene: Scene, samples: int, way: Way, turns: float) -> Tensor:
+def follow_walk(
+    field: Field, poses: Tensor, scene: Scene, samples: int, way: Way, turns: float, even: Tensor
+) -> Tensor:
     """Return directions [V, 3]: of the walk in the order of the views on which they differ least from a field.
 
     Views that are near each other in that order are near each other in space: each may only go on, by up to
@@ -178,15 +181,15 @@ def follow_walk(field: Field, poses: Tensor, scene: Scene, samples: int, way: Wa
         samples: along each ray.
         way: "left" is counter-clockwise from above.
         turns: around the object, of an even walk.
+        even: azimuths [V] of one even turn.
     """
-    even, device = turns * _even_azimuths(scene), poses.device
-    rows = even.argsort()
+    even, rows, device = turns * even, even.argsort(), poses.device
 
     def smooth(elevation: Tensor) -> Tensor:
         padded = F.pad(elevation[rows][None], (ELEVATION_REACH, ELEVATION_REACH), mode="replicate")
         return F.avg_pool1d(padded, 2 * ELEVATION_REACH + 1, 1)[0][rows.argsort()]
 
-    own = smooth(camera_directions(poses)[:, 2].asin().rad2deg().cpu())
+    own = smooth(camera_directions(poses)[:, 2].clamp(-1, 1).asin().rad2deg().cpu())
     levels = torch.arange(float(own.min()) - ELEVATION_STEP, float(own.max()) + 1.01 * ELEVATION_STEP, ELEVATION_STEP)
     levels = levels.clamp(-MAX_ELEVATION, MAX_ELEVATION)
     places = orbit_poses(direction_grid(WALK_AZIMUTHS, levels.tolist()).to(device), scene.distance)

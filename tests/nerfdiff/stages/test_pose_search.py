@@ -41,7 +41,12 @@ def choose_start(cross: dict[str, float], searched: torch.Tensor, monkeypatch, w
     Returns:
         The start, the training and what it logged.
     """
-    monkeypatch.setattr(pose_search, "follow_walk", lambda *given: walk)
+
+    def follow(field, poses, scene, samples, way, turns, even):
+        assert way == "left" and even.tolist() == [0, 90, 180, 270]
+        return walk
+
+    monkeypatch.setattr(pose_search, "follow_walk", follow if walk is not None else lambda *given: None)
     if walk is None:
         monkeypatch.setattr(pose_search, "unevenness", lambda walk, even: 9.0)
     logged: dict = {}
@@ -90,7 +95,7 @@ def test_choose_start_of_uneven_views_follows_them_while_the_error_falls(first, 
     assert logged["best"] == best
     assert ("uneven 2" in logged["held_out_cross"]) == (best != "left 25")
     assert torch.equal(start, walk) == (best != "left 25")
-    assert ("unevenly spaced around the object, by about 5" in capsys.readouterr().err) == (best != "left 25")
+    assert ("spaced unevenly on their walk: 5" in capsys.readouterr().err) == (best != "left 25")
 
 
 def test_complete_settings_of_an_earlier_version_are_not_ordered(tmp_path):

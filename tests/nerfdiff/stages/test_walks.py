@@ -155,8 +155,7 @@ def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
     """Each view differs from a render as its camera from the render's; some are as from elsewhere."""
     scene = open_scene(make_procedural_views(24, 8), 8, CPU, False)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    scene = replace(scene, times=order.double())
-    monkeypatch.setattr(walks, "find_order", lambda scene: "times")
+    even = ring_azimuths(scene.names, order)
     pace = torch.tensor([1.0] * 6 + [3.0] * 6 + [0.0] * 3 + [1.0] * 9)
     azimuth = 40 + 360 * pace.cumsum(0) / pace.sum()
     azimuth = (azimuth if way == "left" else -azimuth)[order]
@@ -171,13 +170,13 @@ def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
 
     monkeypatch.setattr(walks, "candidate_errors", errors)
     start = orbit_poses(direction_vectors(0 * azimuth, rise), scene.distance)
-    found = follow_walk(None, start, scene, 8, way, 1.0)
+    found = follow_walk(None, start, scene, 8, way, 1.0, even)
     apart = (azimuth_degrees(found) - azimuth + 180) % 360 - 180
     kept = torch.arange(24) != order.argsort()[5]
     assert apart[kept].abs().max() < 3.1
     assert apart.abs().max() < 20, "the view that is like its opposite stays between its neighbours"
     assert (found[:, 2].asin().rad2deg() - rise).abs().max() < 8, "each is compared near its own elevation"
-    assert unevenness(found, ring_directions(scene, way, 25.0)) > 10
+    assert unevenness(found, direction_vectors(even if way == "left" else -even, rise)) > 10
 
 
 def test_unevenness_of_turned_directions_is_zero():
