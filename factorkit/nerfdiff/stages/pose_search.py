@@ -50,7 +50,7 @@ MAX_RING_RATIO = 0.6  # of the held-out errors of both ways around: turns have .
 START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
 RING_ELEVATIONS = (25.0, 10.0, 40.0)  # degrees, the first is tried both ways; the refinement corrects the rest
 UNEVEN_ROUNDS = 2  # of walks through the field of the last one; more gain little
-MIN_UNEVENNESS = 10.0  # degrees from an even walk: uneven ones have 13 to 16, steps that vary at random 7 to 9
+MIN_UNEVENNESS = 10.0  # degrees from an even walk: uneven ones have 12 to 16, others 5 to 9
 
 
 class DictionarySearch:
