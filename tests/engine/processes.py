@@ -34,6 +34,7 @@ from factorkit.engine.run_folder import identify_run
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff import search, unregistered
+from factorkit.nerfdiff.stages import stage_training
 from factorkit.segdiff import settle
 from factorkit.segdiff.autoencoder import SETTINGS
 from factorkit.segdiff.task import SegdiffTask
@@ -231,6 +232,7 @@ def restarted(out: Path) -> None:
 
 def main(folder: Path) -> None:
     settle.MANY_PIXELS = len(PHOTOS[0])
+    stage_training.HELD_OUT_STEPS = 6  # of 100: most steps of a tiny run
     SETTINGS.update(AUTOENCODER)
     for name, (model, settings, several) in RUNS.items():
         for world, changes in {1: {}, **several}.items():
