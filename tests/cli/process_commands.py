@@ -21,7 +21,7 @@ from benchmarks import tiny_runs
 from factorkit.cli.main import main as command_line
 from factorkit.data import make_procedural_views
 from factorkit.utils.output_record import OutputRecord
-from tests.engine.processes import run
+from tests.engine.processes import leave_out_most, run
 
 IMAGE_FOLDER = 7
 
@@ -99,6 +99,7 @@ def full(folder: Path, rank: int) -> None:
 
 
 def main(folder: Path) -> None:
+    leave_out_most()
     assert run(1, lambda rank: prepare(folder)) == [0]
     for world in (1, 3):
         out = folder / str(world)

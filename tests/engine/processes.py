@@ -35,6 +35,7 @@ from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff import search, unregistered
 from factorkit.nerfdiff.stages import stage_training
+from factorkit.report import html
 from factorkit.segdiff import settle
 from factorkit.segdiff.autoencoder import SETTINGS
 from factorkit.segdiff.task import SegdiffTask
@@ -230,9 +231,14 @@ def restarted(out: Path) -> None:
     elastic_launch(config, lost)(out)
 
 
+def leave_out_most() -> None:
+    """Fit the fields of flip tests for few steps, and draw no curves in reports: most of the time of a tiny run."""
+    stage_training.HELD_OUT_STEPS, html.draw_curves = 6, lambda *arguments: []
+
+
 def main(folder: Path) -> None:
     settle.MANY_PIXELS = len(PHOTOS[0])
-    stage_training.HELD_OUT_STEPS = 6  # of 100: most steps of a tiny run
+    leave_out_most()
     SETTINGS.update(AUTOENCODER)
     for name, (model, settings, several) in RUNS.items():
         for world, changes in {1: {}, **several}.items():
