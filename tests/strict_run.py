@@ -16,7 +16,9 @@ def main(folder: Path) -> None:
         if not module.name.startswith(("factorkit.kernels", "factorkit.__main__")):
             importlib.import_module(module.name)
     from benchmarks.fuzz_runs import good_runs
+    from factorkit.nerfdiff.stages import stage_training
 
+    stage_training.HELD_OUT_STEPS = 6  # of 100: most steps of a tiny run
     runs = good_runs(folder)
     run = factorkit.load(runs["segdiff"])
     assert run.segment(folder / "data" / "images").labels.shape == (12, 16, 16)
