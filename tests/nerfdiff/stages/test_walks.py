@@ -154,6 +154,7 @@ def test_cheapest_walk_equals_the_best_of_all_walks(steps, closed):
 def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
     """Each view differs from a render as its camera from the render's; some are as from elsewhere."""
     scene = open_scene(make_procedural_views(24, 8), 8, CPU, False)
+    scene = replace(scene, loss_masks=torch.ones(24, 1, 8, 8))
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     even = ring_azimuths(scene.names, order)
     pace = torch.tensor([1.0] * 6 + [3.0] * 6 + [0.0] * 3 + [1.0] * 9)
@@ -162,20 +163,24 @@ def test_follow_walk_uneven_pace_and_rise_are_found(way, monkeypatch):
     rise = torch.linspace(10, 40, 24)[order]
     true, lower = direction_vectors(azimuth, rise), order.argsort()[10:16]
 
-    def errors(field, poses, *rest):
-        rendered, views = camera_directions(poses), true.clone()
-        views[order.argsort()[5]] *= torch.tensor([-1.0, -1, 1])
-        views[lower] = direction_vectors(azimuth, rise - 30)[lower]
-        return torch.cdist(views, rendered).clamp_max(0.6)
+    def errors(field, poses, camera, images, samples, views, masks, intrinsics):
+        assert images is scene.images and masks is scene.loss_masks and views.tolist() == list(range(24))
+        rendered, seen = camera_directions(poses), true.clone()
+        seen[order.argsort()[5]] *= torch.tensor([-1.0, -1, 1])
+        seen[lower] = direction_vectors(azimuth, rise - 30)[lower]
+        return torch.cdist(seen, rendered).clamp_max(0.6)
 
     monkeypatch.setattr(walks, "candidate_errors", errors)
-    start = orbit_poses(direction_vectors(0 * azimuth, rise), scene.distance)
+    wrong = rise + torch.where(order == 18, 55.0, 0.0)
+    start = orbit_poses(direction_vectors(0 * azimuth, wrong), scene.distance)
     found = follow_walk(None, start, scene, 8, way, 1.0, even)
     apart = (azimuth_degrees(found) - azimuth + 180) % 360 - 180
     kept = torch.arange(24) != order.argsort()[5]
     assert apart[kept].abs().max() < 3.1
     assert apart.abs().max() < 20, "the view that is like its opposite stays between its neighbours"
     assert (found[:, 2].asin().rad2deg() - rise).abs().max() < 8, "each is compared near its own elevation"
+    steps = found[order.argsort(), 2].asin().rad2deg().diff().abs()
+    assert steps.max() < 4, "elevations are averaged over neighbours"
     assert unevenness(found, direction_vectors(even if way == "left" else -even, rise)) > 10
 
 
