@@ -123,7 +123,8 @@ class NerfdiffConfig(EngineConfig):
     search_learning_rate: float = 0.05
     """Learning rate of the field in the dictionary search."""
     field_steps: int = 600
-    """Steps of the refinement of field and poses."""
+    """Steps of the refinement of field and poses. The default matches resolution; where the dictionary search looks for
+    cameras in order, of unevenly framed views or of unknown focal length, it is for each 40 views."""
     field_learning_rate: float = 0.03
     """Learning rate of the field in the refinement, and with search="joint"."""
     pose_learning_rate: float = 0.005
@@ -251,6 +252,12 @@ class NerfdiffConfig(EngineConfig):
         sizes = {name: stored.get(name, new[name]) for name, value in old.items() if getattr(self, name) == value}
         return dataclasses.replace(self, field=field, unbounded=unbounded, **sizes)
 
+    def with_steps_for(self, views: int) -> NerfdiffConfig:
+        """Return the configuration with ``field_steps`` for a capture of so many views, unless it has its own."""
+        usual = _sized(self.resolution, self.field, self.unbounded == "yes")["field_steps"]
+        steps = round(usual * max(1.0, views / FIELD_STEPS_VIEWS))
+        return dataclasses.replace(self, field_steps=steps if self.field_steps == usual else self.field_steps)
+
     def with_choices(self, stored: Mapping[str, Any]) -> NerfdiffConfig:
         """Return the configuration with those choices by the views that the stored settings of a run have."""
         if "scene" not in stored:
@@ -280,6 +287,8 @@ CHOICES = {
     "encoder_pooling": ("flatten", "average"),
 }
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+#: views of a capture for which the usual field_steps suffice: each is drawn 240 times, and its own camera moves then
+FIELD_STEPS_VIEWS = 40
 MIN_GAUSSIAN_VIEWS = 64  # pixels of the longer side from which Gaussians are chosen: more dB, a better encoder
 SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 

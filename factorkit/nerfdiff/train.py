@@ -19,7 +19,7 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.config import MIN_GAUSSIAN_VIEWS, NerfdiffConfig, preset_config
+from factorkit.nerfdiff.config import FIELD_STEPS_VIEWS, MIN_GAUSSIAN_VIEWS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.epipolar_check import add_epipolar_check
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
@@ -274,6 +274,8 @@ def choose_capture_settings(
     unbounded = choose_unbounded(config, scene)
     if "scene" not in stored:
         config = config.with_field("gaussians" if config.field == "auto" else config.field, unbounded)
+        if searched and (parameters or ordered == "yes"):
+            config = config.with_steps_for(len(scene.images))
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered, unbounded=unbounded)
 
 
@@ -321,6 +323,9 @@ def list_notes(
     if config.ordered == "yes" and is_object_search(config, scene):
         source = "the times in their EXIF data" if find_order(scene) == "times" else "their names"
         notes.append(f"The views are taken for a walk around the object in the order of {source} (--ordered no).")
+    if requested is not None and is_object_search(config, scene) and config.field_steps > requested.field_steps:
+        views_steps = f"{requested.field_steps} for each {FIELD_STEPS_VIEWS} of {len(scene.images)} views"
+        notes.append(f"field_steps={config.field_steps}: {views_steps}, so that each camera can move (--field-steps).")
     if config.unbounded == "yes":
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "

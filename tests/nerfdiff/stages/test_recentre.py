@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
+from factorkit.nerfdiff import config as nerfdiff_config
 from factorkit.nerfdiff.box import Foreground
 from factorkit.nerfdiff.cameras.poses import OrbitPoses, direction_vectors, orbit_poses
 from factorkit.nerfdiff.config import preset_config
@@ -22,7 +23,7 @@ from factorkit.nerfdiff.stages.recentre import (
     recentre_scene,
     size_spread,
 )
-from factorkit.nerfdiff.train import choose_capture_settings
+from factorkit.nerfdiff.train import choose_capture_settings, list_notes
 
 CPU = torch.device("cpu")
 INTRINSICS = torch.tensor([[48.0, 0, 24], [0, 48, 24], [0, 0, 1]])  # pixels of masks of 48 x 48
@@ -131,3 +132,24 @@ def test_choose_capture_settings_off_centre_views_get_aim(shifted):
     for changes in ({"optimize_camera": ("roll",)}, {"search": "joint"}, {"poses": "known"}):
         chosen = choose_capture_settings(preset_config("fast", **changes), shifted)
         assert chosen.optimize_camera == changes.get("optimize_camera", ())
+
+
+def test_choose_capture_settings_more_views_of_a_capture_get_more_steps_unless_they_are_given(shifted, monkeypatch):
+    monkeypatch.setattr(nerfdiff_config, "FIELD_STEPS_VIEWS", len(shifted.images) / 2.5)
+    centred = open_scene(make_procedural_views(12, 24, seed=0), 24, CPU, False)
+    config = preset_config("fast")
+    usual, stored = config.field_steps, {"scene": {}, "field": "grid", "field_steps": config.field_steps}
+    chosen = choose_capture_settings(config, shifted)
+    assert chosen.field_steps == 2.5 * usual
+    ordered = preset_config("fast", ordered="yes")
+    assert choose_capture_settings(ordered, centred).field_steps == round(2.5 * usual * 12 / len(shifted.images))
+    assert choose_capture_settings(preset_config("fast", field_steps=300), shifted).field_steps == 300
+    for unchanged, scene in (({}, centred), ({"poses": "known"}, shifted), ({"search": "sfm"}, shifted)):
+        assert choose_capture_settings(preset_config("fast", **unchanged), scene).field_steps == usual
+    assert choose_capture_settings(config, shifted, stored).field_steps == usual
+    assert choose_capture_settings(config, shifted, stored | {"field_steps": 777}).field_steps == 777
+    monkeypatch.setattr(nerfdiff_config, "FIELD_STEPS_VIEWS", 2 * len(shifted.images))
+    assert choose_capture_settings(config, shifted).field_steps == usual
+    views = make_procedural_views(2, 4)
+    assert f"field_steps={chosen.field_steps}: {usual} for each" in " ".join(list_notes(views, shifted, chosen, config))
+    assert "field_steps" not in " ".join(list_notes(views, shifted, config, config))
