@@ -144,7 +144,8 @@ def test_choose_capture_settings_more_views_of_a_capture_get_more_steps_unless_t
     ordered = preset_config("fast", ordered="yes")
     assert choose_capture_settings(ordered, centred).field_steps == round(2.5 * usual * 12 / len(shifted.images))
     assert choose_capture_settings(preset_config("fast", field_steps=300), shifted).field_steps == 300
-    for unchanged, scene in (({}, centred), ({"poses": "known"}, shifted), ({"search": "sfm"}, shifted)):
+    by_sfm = {"search": "sfm", "optimize_camera": ("focal",)}
+    for unchanged, scene in (({}, centred), ({"poses": "known"}, shifted), (by_sfm, shifted)):
         assert choose_capture_settings(preset_config("fast", **unchanged), scene).field_steps == usual
     assert choose_capture_settings(config, shifted, stored).field_steps == usual
     assert choose_capture_settings(config, shifted, stored | {"field_steps": 777}).field_steps == 777
