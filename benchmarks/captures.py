@@ -2,6 +2,7 @@
 
     python -m benchmarks.captures --faults none light exposure axis shift size roll pace clutter masks focal all
     python -m benchmarks.captures --faults half half+all two-turns three-quarters spiral
+    python -m benchmarks.captures --faults close+flat close+flat+shift+pace --views 119
     python -m benchmarks.captures --faults all --seeds 0 1 2 --set 'ordered="no"'
 
 Each run is the search for the cameras at 32 px with the preset "fast", without the encoder. Results are stored in
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from benchmarks.recording import read_results, record_once
 from factorkit.data.procedural.scene import STEP, make_scene_field
@@ -38,7 +39,8 @@ from factorkit.rendering import OccupancySampling, image_rays, intrinsics_from_f
 from factorkit.utils.files import read_log
 
 RESULTS = Path(__file__).with_name("results") / "captures.json"
-RADIUS, FOV = 4.0, 35.0
+RADIUS, FOV, VIEWS = 4.0, 35.0, 60
+HEIGHT_OF_FLAT = 0.35
 RENDERED_SIDE = 64  # pixels, before the masks are made wrong
 FAULTS = {
     "light": "the lights stay with the camera while the object turns",
@@ -52,8 +54,10 @@ FAULTS = {
     "masks": "in 5% of the views the mask lacks half of the object",
     "focal": "the given focal length is 25% too short",
     "stops": "the turntable goes three times as fast in parts of the turn, and stops twice for 5 views; not in all",
+    "close": "elevations vary from -7 to 57 degrees, distances by 30%; half of the views cut the object; not in all",
+    "flat": "the object has 35% of its height; not in all",
 }
-ALL = tuple(name for name in FAULTS if name != "stops")
+ALL = tuple(name for name in FAULTS if name not in ("stops", "close", "flat"))
 #: other than one whole turn at one elevation: what it is, turns, what is added to the elevation at a share of the views
 WALKS: dict[str, tuple[str, float, Callable[[Tensor], Tensor]]] = {
     "half": ("half of a turn", 0.5, lambda share: 0 * share),
@@ -103,6 +107,9 @@ def make_cameras(on: Collection[str], generator: torch.Generator, count: int, se
     elevation = 25 + 10 * uniform(1) + rise(share) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
     elevation = elevation.deg2rad()
     distance = RADIUS * (1 + where("size", 0.2 * uniform(count)))
+    if "close" in on:
+        elevation = torch.deg2rad(25 + 32 * _vary(count, seed))
+        distance = distance * (0.67 + 0.2 * _vary(count, seed + 1))
     direction = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], 1)
     turn = uniform(1) * math.pi
     axis = where("axis", 0.25 * torch.stack([turn.cos(), turn.sin(), 0 * turn], 1)).expand(count, 3)
@@ -134,7 +141,7 @@ def spoil_masks(masks: Tensor, on: Collection[str], generator: torch.Generator) 
     return masks
 
 
-def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60, size: int = 32) -> Views:
+def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = VIEWS, size: int = 32) -> Views:
     """Return views of the procedural scene on a turntable, in order, with masks and true poses.
 
     Args:
@@ -146,7 +153,8 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
     on, generator = expand_faults(faults), torch.Generator().manual_seed(seed)
     poses, light, gain = make_cameras(on, generator, count, seed)
     intrinsics = intrinsics_from_fov(FOV, RENDERED_SIDE, RENDERED_SIDE)
-    rendered = [_render(pose, intrinsics, own) for pose, own in zip(poses, light, strict=True)]
+    height = HEIGHT_OF_FLAT if "flat" in on else 1.0
+    rendered = [_render(pose, intrinsics, own, height) for pose, own in zip(poses, light, strict=True)]
     color, opacity = (torch.stack(parts) for parts in zip(*rendered, strict=True))
     background = torch.zeros(1, 3, RENDERED_SIDE, RENDERED_SIDE)
     if "clutter" in on:
@@ -179,6 +187,16 @@ def _uneven_pace(count: int, seed: int) -> Tensor:
     return pace
 
 
+def _vary(count: int, seed: int) -> Tensor:
+    """Return numbers [count] from -1 to 1 that vary slowly, as height and distance of a camera in a hand do."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.arange(count) / count
+    waves = [torch.sin(2 * math.pi * (k * share + torch.rand(1, generator=generator))) for k in (1, 2, 3)]
+    total = torch.stack(waves).sum(0)
+    low, high = total.aminmax()
+    return 2 * (total - low) / (high - low) - 1
+
+
 def _rotations(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     import roma
 
@@ -187,9 +205,11 @@ def _rotations(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _render(pose: Tensor, intrinsics: Tensor, light: Tensor) -> tuple[Tensor, Tensor]:
-    """Return colour on black [3, H, W] and opacity [1, H, W]."""
+def _render(pose: Tensor, intrinsics: Tensor, light: Tensor, height: float) -> tuple[Tensor, Tensor]:
+    """Return colour on black [3, H, W] and opacity [1, H, W] of the scene with a share of its height."""
     rays = image_rays(pose, intrinsics, RENDERED_SIDE, RENDERED_SIDE)
+    scale = torch.tensor([1.0, 1.0, height])
+    rays = rays._replace(origins=rays.origins / scale, directions=normalize(rays.directions / scale, dim=-1))
     sampling = OccupancySampling(make_occupancy(False), step=STEP)
     result = render(make_scene_field(light_direction=light), rays, sampling, background=torch.zeros(3), chunk=1 << 16)
     return result.color.permute(2, 0, 1).clamp(0, 1), result.opacity[None].clamp(0, 1)
@@ -221,9 +241,10 @@ def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def measure(name: str, seed: int, **changes: Any) -> dict[str, Any]:
+def measure(name: str, seed: int, count: int = VIEWS, **changes: Any) -> dict[str, Any]:
     """Find and score the cameras of a capture with faults that are joined by +, or none."""
-    return find_cameras(make_capture(() if name == "none" else name.split("+"), seed=seed), seed, **changes)
+    faults = () if name == "none" else name.split("+")
+    return find_cameras(make_capture(faults, seed=seed, count=count), seed, **changes)
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:
@@ -245,14 +266,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="*", default=[], help="names, several joined by +, none or all")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--views", type=int, default=VIEWS)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
     for seed in args.seeds:
         for name in args.faults:
-            key = " ".join([name, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"])
-            record_once(RESULTS, key, partial(measure, name, seed, **changes))
+            views = [f"views={args.views}"] if args.views != VIEWS else []
+            key = " ".join([name, *views, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"])
+            record_once(RESULTS, key, partial(measure, name, seed, args.views, **changes))
     print(format_table(read_results(RESULTS)))
 
 

@@ -46,12 +46,14 @@ def write_turntable(
 
     Args:
         folder: of both.
-        faults: names of :data:`benchmarks.captures.FAULTS` or WALKS; "all" is all but uneven stops.
+        faults: names of :data:`benchmarks.captures.FAULTS`, but not flat, or WALKS; "all" is its ALL.
         seed: of the faults, of the first azimuth and of the elevation.
         count: number of photos.
         side: of the photos in pixels.
     """
     on, generator = expand_faults(faults), torch.Generator().manual_seed(seed)
+    if "flat" in on:
+        raise ValueError("flat: the object of these photos has one height")
     poses, light, gain = make_cameras(on, generator, count, seed)
     k = intrinsics_from_fov(FOV, side, side).double().numpy()
     lamps = light.numpy() if "light" in on else [None] * count

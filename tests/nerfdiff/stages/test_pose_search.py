@@ -111,8 +111,20 @@ def test_make_capture_a_fault_changes_images_or_cameras_only_as_named(fault):
     changes_images = fault != "focal"
     assert torch.equal(plain.images, views.images) != changes_images
     assert torch.equal(plain.intrinsics, views.intrinsics) == (fault not in ("focal", "all"))
-    fixed = fault in ("light", "exposure", "clutter", "masks", "focal")
+    fixed = fault in ("light", "exposure", "clutter", "masks", "focal", "flat")
     assert torch.equal(plain.poses, views.poses) == fixed
+
+
+def test_make_capture_close_cuts_half_of_the_views_and_flat_lowers_the_object():
+    masks, poses = (getattr(make_capture(("close",), count=24, size=16), name) for name in ("masks", "poses"))
+    border = torch.cat([masks[:, 0, [0, -1]], masks[:, 0, :, [0, -1]].mT], dim=1).amax((1, 2)) > 0.5
+    assert 0.4 < border.float().mean() < 0.9
+    distance = poses[:, :3, 3].norm(dim=1)
+    elevation = (poses[:, 2, 3] / distance).asin().rad2deg()
+    assert elevation.aminmax() == (pytest.approx(-7, abs=0.1), pytest.approx(57, abs=0.1))
+    assert distance.max() / distance.min() == pytest.approx(0.87 / 0.47, abs=0.01)
+    plain, flat = (make_capture(names, count=2, size=16).masks.sum() for names in ((), ("flat",)))
+    assert 0.3 < flat / plain < 0.9
 
 
 @pytest.mark.parametrize("walk", WALKS)
