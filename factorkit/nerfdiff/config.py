@@ -124,7 +124,7 @@ class NerfdiffConfig(EngineConfig):
     """Learning rate of the field in the dictionary search."""
     field_steps: int = 600
     """Steps of the refinement of field and poses. The default matches resolution; where the dictionary search looks for
-    cameras in order, of unevenly framed views or of unknown focal length, it is for each 40 views."""
+    cameras in order, of unevenly framed views or of unknown focal length, it draws each view 240 times at least."""
     field_learning_rate: float = 0.03
     """Learning rate of the field in the refinement, and with search="joint"."""
     pose_learning_rate: float = 0.005
@@ -255,8 +255,9 @@ class NerfdiffConfig(EngineConfig):
     def with_steps_for(self, views: int) -> NerfdiffConfig:
         """Return the configuration with ``field_steps`` for a capture of so many views, unless it has its own."""
         usual = _sized(self.resolution, self.field, self.unbounded == "yes")["field_steps"]
-        steps = round(usual * max(1.0, views / FIELD_STEPS_VIEWS))
-        return dataclasses.replace(self, field_steps=steps if self.field_steps == usual else self.field_steps)
+        if self.field_steps != usual:
+            return self
+        return dataclasses.replace(self, field_steps=max(usual, -(-VIEW_DRAWS * views // self.views_per_step)))
 
     def with_choices(self, stored: Mapping[str, Any]) -> NerfdiffConfig:
         """Return the configuration with those choices by the views that the stored settings of a run have."""
@@ -287,8 +288,7 @@ CHOICES = {
     "encoder_pooling": ("flatten", "average"),
 }
 MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
-#: views of a capture for which the usual field_steps suffice: each is drawn 240 times, and its own camera moves then
-FIELD_STEPS_VIEWS = 40
+VIEW_DRAWS = 240  # of each view of a capture, at least: its camera moves only then (docs/captures.md)
 MIN_GAUSSIAN_VIEWS = 64  # pixels of the longer side from which Gaussians are chosen: more dB, a better encoder
 SIZES = ("grid_resolution", "samples_per_ray", "field_steps")  # of the presets "demo" and "fast", by the views
 

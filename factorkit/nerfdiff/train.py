@@ -19,7 +19,7 @@ from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.config import FIELD_STEPS_VIEWS, MIN_GAUSSIAN_VIEWS, NerfdiffConfig, preset_config
+from factorkit.nerfdiff.config import MIN_GAUSSIAN_VIEWS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.epipolar_check import add_epipolar_check
 from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.views import save_masks
@@ -324,8 +324,10 @@ def list_notes(
         source = "the times in their EXIF data" if find_order(scene) == "times" else "their names"
         notes.append(f"The views are taken for a walk around the object in the order of {source} (--ordered no).")
     if requested is not None and is_object_search(config, scene) and config.field_steps > requested.field_steps:
-        views_steps = f"{requested.field_steps} for each {FIELD_STEPS_VIEWS} of {len(scene.images)} views"
-        notes.append(f"field_steps={config.field_steps}: {views_steps}, so that each camera can move (--field-steps).")
+        notes.append(
+            f"field_steps={config.field_steps}, more than {requested.field_steps}, as each of the {len(scene.images)} "
+            "views moves its camera only when it is drawn (--field-steps)."
+        )
     if config.unbounded == "yes":
         notes.append(
             "The field covers all of space, the box in its middle at full resolution: cameras surround what they look "

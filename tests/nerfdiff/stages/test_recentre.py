@@ -134,23 +134,22 @@ def test_choose_capture_settings_off_centre_views_get_aim(shifted):
         assert chosen.optimize_camera == changes.get("optimize_camera", ())
 
 
-def test_choose_capture_settings_more_views_of_a_capture_get_more_steps_unless_they_are_given(shifted, monkeypatch):
-    monkeypatch.setattr(nerfdiff_config, "FIELD_STEPS_VIEWS", len(shifted.images) / 2.5)
+def test_choose_capture_settings_views_of_a_capture_are_drawn_often_enough_unless_steps_are_given(shifted, monkeypatch):
     centred = open_scene(make_procedural_views(12, 24, seed=0), 24, CPU, False)
     config = preset_config("fast")
-    usual, stored = config.field_steps, {"scene": {}, "field": "grid", "field_steps": config.field_steps}
+    usual, by_sfm = config.field_steps, {"search": "sfm", "optimize_camera": ("focal",)}
+    assert choose_capture_settings(config, shifted).field_steps == usual
+    monkeypatch.setattr(nerfdiff_config, "VIEW_DRAWS", 1001)
     chosen = choose_capture_settings(config, shifted)
-    assert chosen.field_steps == 2.5 * usual
-    ordered = preset_config("fast", ordered="yes")
-    assert choose_capture_settings(ordered, centred).field_steps == round(2.5 * usual * 12 / len(shifted.images))
+    assert chosen.field_steps == 751 > usual  # 12 views, 16 of them in each step
+    assert choose_capture_settings(preset_config("fast", ordered="yes"), centred).field_steps == 751
+    assert choose_capture_settings(preset_config("fast", views_per_step=4), shifted).field_steps == 3003
     assert choose_capture_settings(preset_config("fast", field_steps=300), shifted).field_steps == 300
-    by_sfm = {"search": "sfm", "optimize_camera": ("focal",)}
     for unchanged, scene in (({}, centred), ({"poses": "known"}, shifted), (by_sfm, shifted)):
         assert choose_capture_settings(preset_config("fast", **unchanged), scene).field_steps == usual
+    stored = {"scene": {}, "field": "grid", "field_steps": usual}
     assert choose_capture_settings(config, shifted, stored).field_steps == usual
     assert choose_capture_settings(config, shifted, stored | {"field_steps": 777}).field_steps == 777
-    monkeypatch.setattr(nerfdiff_config, "FIELD_STEPS_VIEWS", 2 * len(shifted.images))
-    assert choose_capture_settings(config, shifted).field_steps == usual
     views = make_procedural_views(2, 4)
-    assert f"field_steps={chosen.field_steps}: {usual} for each" in " ".join(list_notes(views, shifted, chosen, config))
+    assert f"field_steps=751, more than {usual}" in " ".join(list_notes(views, shifted, chosen, config))
     assert "field_steps" not in " ".join(list_notes(views, shifted, config, config))
