@@ -54,7 +54,7 @@ FAULTS = {
     "masks": "in 5% of the views the mask lacks half of the object",
     "focal": "the given focal length is 25% too short",
     "stops": "the turntable goes three times as fast in parts of the turn, and stops twice for 5 views; not in all",
-    "close": "elevations vary from -7 to 57 degrees, distances by 30%; half of the views cut the object; not in all",
+    "close": "elevations vary from -7 to 57 degrees, distances by 30%; most views cut the object; not in all",
     "flat": "the object has 35% of its height; not in all",
 }
 ALL = tuple(name for name in FAULTS if name not in ("stops", "close", "flat"))

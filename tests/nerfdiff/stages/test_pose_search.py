@@ -115,7 +115,7 @@ def test_make_capture_a_fault_changes_images_or_cameras_only_as_named(fault):
     assert torch.equal(plain.poses, views.poses) == fixed
 
 
-def test_make_capture_close_cuts_half_of_the_views_and_flat_lowers_the_object():
+def test_make_capture_close_cuts_most_views_and_flat_lowers_the_object():
     masks, poses = (getattr(make_capture(("close",), count=24, size=16), name) for name in ("masks", "poses"))
     border = torch.cat([masks[:, 0, [0, -1]], masks[:, 0, :, [0, -1]].mT], dim=1).amax((1, 2)) > 0.5
     assert 0.4 < border.float().mean() < 0.9
