@@ -16,6 +16,18 @@ using Floats = std::vector<float>;
 
 constexpr int64_t kTile = 64;  // pixels whose values stay in the first-level cache from one loop to the next
 
+// Calls run(scaled, weighted) with constants for the two decisions, so that a loop in it decides nothing. A vector that
+// is not whole, which is rare, is always scaled and weighted, by ones if need be.
+template <class Pack, class Run>
+FACTORKIT_INLINE void with_factors(Pack, bool scaled, bool weighted, const Run& run) {
+    if (weighted || !Pack::kWhole)
+        run(std::true_type{}, std::true_type{});
+    else if (scaled)
+        run(std::true_type{}, std::false_type{});
+    else
+        run(std::false_type{}, std::false_type{});
+}
+
 // u_k or m_k * skip, the two halves of the concatenation.
 template <class T>
 struct Half {
@@ -33,7 +45,7 @@ struct Tile {
 
 // One row [pixels][channels] of [u_k ; m_k * skip]. Its normalised values are z = factor * x - mean; the pre-activation
 // is z * slope + offset.
-template <class T>
+template <class T, class V>
 struct Row {
     const NormProblem& p;
     const int64_t n, channels, size;  // pixels, channels, channels of a group
@@ -96,18 +108,19 @@ struct Row {
         return t;
     }
 
+    // Whether a half's values have a factor that is not one.
+    bool is_scaled(int half) const { return p.kind == NormKind::pixel || (half && mask); }
+
    private:
     FACTORKIT_INLINE void divide_by_rms(Tile& t) const {
         for (int64_t i = 0; i < t.count; ++i) {
-            Lanes square = {};
+            V square = {};
             for (int h = 0; h < 2; ++h) {
                 const T* x = halves[h].x + (t.begin + i) * halves[h].width;
                 const float factor = t.factor[h][i];
-                for_packs(halves[h].width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                    for (int v = 0; v < pack.kVectors; ++v) {
-                        const Lanes z = pack.load(x, v) * factor;
-                        square += z * z;
-                    }
+                for_packs<V>(halves[h].width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+                    const auto z = pack.load(x) * factor;
+                    add_lanes(square, z * z);
                 });
             }
             t.scale[i] = 1 / std::sqrt(sum_lanes(square) / channels + p.eps);
@@ -115,8 +128,9 @@ struct Row {
         }
     }
 
-    // Mean and 1/std (until pool_moments the sum of squares about the mean) by channel, and `mass`. Within a tile the
-    // mean comes before the squares, and tiles are joined as Chan et al. (1979) do: no cancellation of E[x^2] - E[x]^2.
+    // Mean and 1/std (until pool_moments the sum of squares about the mean) by channel, and `mass`. Sums are of
+    // differences to a value near the mean, the mean so far, and tiles are joined as Chan et al. (1979) do: no
+    // cancellation of E[x^2] - E[x]^2.
     FACTORKIT_INLINE void compute_moments() {
         std::fill(mean.begin(), mean.end(), 0.0f);
         std::fill(rstd.begin(), rstd.end(), 0.0f);
@@ -125,32 +139,41 @@ struct Row {
             const Tile t = tile(begin);
             float weight = 0;
             for (int64_t i = 0; i < t.count; ++i) weight += t.weight[i];
-            const float share = weight / (mass + weight), joint = mass * share;
-            for (int h = 0; h < 2; ++h) {
-                const Half<T>& half = halves[h];
-                const T* x = half.x + begin * half.width;
-                float *means = mean.data() + half.at, *squares = rstd.data() + half.at;
-                for_packs(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                    constexpr int V = decltype(pack)::kVectors;
-                    Lanes first[V] = {}, second[V] = {};
-                    for (int64_t i = 0; i < t.count; ++i)
-                        for (int v = 0; v < V; ++v)
-                            first[v] += pack.load(x + i * half.width, v) * (t.factor[h][i] * t.weight[i]);
-                    for (int v = 0; v < V; ++v) first[v] /= weight;
-                    for (int64_t i = 0; i < t.count; ++i)
-                        for (int v = 0; v < V; ++v) {
-                            const Lanes z = pack.load(x + i * half.width, v) * t.factor[h][i] - first[v];
-                            second[v] += z * z * t.weight[i];
-                        }
-                    for (int v = 0; v < V; ++v) {
-                        const Lanes before = pack.load(means, v), change = first[v] - before;
-                        pack.store(before + change * share, means, v);
-                        pack.store(pack.load(squares, v) + second[v] + change * change * joint, squares, v);
-                    }
+            for (int h = 0; h < 2; ++h)
+                for_packs<V>(halves[h].width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+                    const bool weighted = p.kind == NormKind::masked_group;
+                    with_factors(pack, is_scaled(h), weighted, [&](const auto scaled, const auto weighted)
+                                     FACTORKIT_INLINE_LAMBDA { join_moments(pack, t, h, weight, scaled, weighted); });
                 });
-            }
             mass += weight;
         }
+    }
+
+    template <class Pack, class Scaled, class Weighted>
+    FACTORKIT_INLINE void join_moments(Pack pack, const Tile& t, int h, float weight, Scaled scaled, Weighted weighted) {
+        using W = typename Pack::Vector;
+        const Half<T>& half = halves[h];
+        const T* x = half.x + t.begin * half.width;
+        float *means = mean.data() + half.at, *squares = rstd.data() + half.at;
+        const W before = pack.load(means), near = t.begin ? before : pack.load(x) * t.factor[h][0];
+        constexpr int kPixels = 4;  // at a time, so that no sum waits for the one before
+        W first[kPixels] = {}, second[kPixels] = {};
+        const auto add = [&](int64_t i, int j) FACTORKIT_INLINE_LAMBDA {
+            const W x_i = pack.load(x + i * half.width), z = (scaled ? x_i * t.factor[h][i] : x_i) - near;
+            const W share = weighted ? z * t.weight[i] : z;
+            first[j] += share;
+            second[j] += share * z;
+        };
+        int64_t i = 0;
+        for (; i + kPixels <= t.count; i += kPixels)
+            for (int j = 0; j < kPixels; ++j) add(i + j, j);
+        for (; i < t.count; ++i) add(i, 0);
+        const W sum = (first[0] + first[1]) + (first[2] + first[3]), offset = sum / weight;
+        const W square = (second[0] + second[1]) + (second[2] + second[3]) - offset * sum;
+        const W change = near + offset - before;
+        const float share = weight / (mass + weight), joint = mass * share;
+        pack.store(before + change * share, means);
+        pack.store(pack.load(squares) + square + change * change * joint, squares);
     }
 
     FACTORKIT_INLINE void pool_moments(float* moments, int64_t plane) const {
@@ -167,9 +190,9 @@ struct Row {
     }
 };
 
-template <class T>
+template <class T, class V>
 FACTORKIT_INLINE void forward_rows(const NormProblem& p, void* out, float* moments, int64_t begin, int64_t end) {
-    Row<T> row(p);
+    Row<T, V> row(p);
     const int64_t channels = row.channels;
     for (int64_t r = begin; r < end; ++r) {
         row.read(r, nullptr, moments);
@@ -179,20 +202,17 @@ FACTORKIT_INLINE void forward_rows(const NormProblem& p, void* out, float* momen
                 const Half<T>& half = row.halves[h];
                 const T* x = half.x + first * half.width;
                 T* y = static_cast<T*>(out) + (r * row.n + first) * channels + half.at;
-                for_packs(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                    constexpr int V = decltype(pack)::kVectors;
-                    Lanes mean[V], slope[V], offset[V];
-                    for (int v = 0; v < V; ++v) {
-                        mean[v] = pack.load(row.mean.data() + half.at, v);
-                        slope[v] = pack.load(row.slope.data() + half.at, v);
-                        offset[v] = pack.load(row.offset.data() + half.at, v);
-                    }
-                    for (int64_t i = 0; i < t.count; ++i)
-                        for (int v = 0; v < V; ++v) {
-                            const Lanes z = pack.load(x + i * half.width, v) * t.factor[h][i] - mean[v];
-                            const Lanes pre = z * slope[v] + offset[v];
-                            pack.store(p.activate ? pre * sigmoid(pre) : pre, y + i * channels, v);
+                for_packs<V>(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+                    using W = typename decltype(pack)::Vector;
+                    const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
+                    const W offset = pack.load(row.offset.data() + half.at);
+                    with_factors(pack, row.is_scaled(h), false, [&](const auto scaled, auto) FACTORKIT_INLINE_LAMBDA {
+                        for (int64_t i = 0; i < t.count; ++i) {
+                            const W x_i = pack.load(x + i * half.width);
+                            const W z = (scaled ? x_i * t.factor[h][i] : x_i) - mean, pre = z * slope + offset;
+                            pack.store(p.activate ? pre * sigmoid(pre) : pre, y + i * channels);
                         }
+                    });
                 });
             }
         }
@@ -200,11 +220,11 @@ FACTORKIT_INLINE void forward_rows(const NormProblem& p, void* out, float* momen
 }
 
 // The gradients of one image: those of its branches, and their sums where branches share u or the skip.
-template <class T>
+template <class T, class V>
 struct ImageGradients {
     const NormProblem& p;
     const NormGradients& d;
-    Row<T> row;
+    Row<T, V> row;
     const int64_t n, channels;
     Floats inner;              // gradient of the pre-activation
     Floats first, second;      // by channel: what the moments owe to each value is weight * (first + second * z)
@@ -228,7 +248,7 @@ struct ImageGradients {
             const bool pixel = p.kind == NormKind::pixel;
             for (int64_t begin = 0; begin < n; begin += kTile) {
                 Tile t = row.tile(begin);
-                Lanes along[kTile] = {};
+                V along[kTile] = {};
                 through_activation(t, summed, moment, along);
                 if (!pixel) continue;
                 for (int64_t i = 0; i < t.count; ++i) t.weight[i] = sum_lanes(along[i]) / channels;
@@ -242,15 +262,11 @@ struct ImageGradients {
             row.pool_groups(first);
             row.pool_groups(second);
             for (int64_t c = 0; c < channels; ++c) {
-                first[c] = -first[c];
-                second[c] *= -row.rstd[c] * row.rstd[c];
+                first[c] /= -row.mass;
+                second[c] *= -row.rstd[c] * row.rstd[c] / row.mass;
                 moment[c] *= row.rstd[c];
             }
-            for (int64_t begin = 0; begin < n; begin += kTile) {
-                Tile t = row.tile(begin);
-                for (int64_t i = 0; i < t.count; ++i) t.weight[i] /= row.mass;
-                to_inputs(t, k > 0);
-            }
+            for (int64_t begin = 0; begin < n; begin += kTile) to_inputs(row.tile(begin), k > 0);
             if (p.kind == NormKind::masked_group) through_weights();
         }
         narrow(wide_u, static_cast<T*>(d.u) + image * n * p.channels_u);
@@ -260,46 +276,42 @@ struct ImageGradients {
    private:
     // Into `inner`, its sums over pixels alone and times z, and for the pixel norm the sum over channels of its product
     // with slope * z.
-    FACTORKIT_INLINE void through_activation(const Tile& t, float* summed, float* moment, Lanes* along) {
+    FACTORKIT_INLINE void through_activation(const Tile& t, float* summed, float* moment, V* along) {
         for (int h = 0; h < 2; ++h) {
             const Half<T>& half = row.halves[h];
             const T* x = half.x + t.begin * half.width;
             const T* grad = static_cast<const T*>(d.grad) + (row.index * n + t.begin) * channels + half.at;
             float* to = inner.data() + t.begin * channels + half.at;
-            for_packs(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                constexpr int V = decltype(pack)::kVectors;
-                Lanes mean[V], slope[V], offset[V], plain[V], times[V];
-                for (int v = 0; v < V; ++v) {
-                    mean[v] = pack.load(row.mean.data() + half.at, v);
-                    slope[v] = pack.load(row.slope.data() + half.at, v);
-                    offset[v] = pack.load(row.offset.data() + half.at, v);
-                    plain[v] = pack.load(summed + half.at, v);
-                    times[v] = pack.load(moment + half.at, v);
-                }
-                for (int64_t i = 0; i < t.count; ++i)
-                    for (int v = 0; v < V; ++v) {
-                        const Lanes z = pack.load(x + i * half.width, v) * t.factor[h][i] - mean[v];
-                        Lanes g = pack.load(grad + i * channels, v);
+            for_packs<V>(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+                using W = typename decltype(pack)::Vector;
+                const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
+                const W offset = pack.load(row.offset.data() + half.at);
+                W plain = pack.load(summed + half.at), times = pack.load(moment + half.at);
+                const bool pixel = p.kind == NormKind::pixel;
+                with_factors(pack, row.is_scaled(h), pixel, [&](const auto scaled, const auto pixel)
+                                 FACTORKIT_INLINE_LAMBDA {
+                    for (int64_t i = 0; i < t.count; ++i) {
+                        const W x_i = pack.load(x + i * half.width), z = (scaled ? x_i * t.factor[h][i] : x_i) - mean;
+                        W g = pack.load(grad + i * channels);
                         if (p.activate) {
-                            const Lanes pre = z * slope[v] + offset[v], s = sigmoid(pre);
+                            const W pre = z * slope + offset, s = sigmoid(pre);
                             g *= s * (1.0f + pre * (1.0f - s));
                         }
-                        pack.store(g, to + i * channels, v);
-                        plain[v] += g;
-                        times[v] += g * z;
-                        along[i] += g * slope[v] * z;
+                        pack.store(g, to + i * channels);
+                        plain += g;
+                        times += g * z;
+                        if (pixel) add_lanes(along[i], g * slope * z);
                     }
-                for (int v = 0; v < V; ++v) {
-                    pack.store(plain[v], summed + half.at, v);
-                    pack.store(times[v], moment + half.at, v);
-                }
+                });
+                pack.store(plain, summed + half.at);
+                pack.store(times, moment + half.at);
             });
         }
     }
 
     // From `inner` to u, the skip and the mask; `add` to what earlier branches left.
     FACTORKIT_INLINE void to_inputs(const Tile& t, bool add) {
-        Lanes on_share[kTile] = {}, on_mask[kTile] = {};
+        V on_share[kTile] = {}, on_mask[kTile] = {};
         const int64_t shared = row.image * n + t.begin;  // pixel of what branches share
         T* u = static_cast<T*>(d.u) + (p.u_shared ? shared : row.index * n + t.begin) * p.channels_u;
         T* skip = static_cast<T*>(d.skip) + shared * p.channels_skip;
@@ -318,33 +330,35 @@ struct ImageGradients {
     }
 
     template <bool IsSkip, class To>
-    FACTORKIT_INLINE void half_to_inputs(const Tile& t, To* to, bool add, Lanes* on_share, Lanes* on_mask) {
+    FACTORKIT_INLINE void half_to_inputs(const Tile& t, To* to, bool add, V* on_share, V* on_mask) {
         const Half<T>& half = row.halves[IsSkip];
         const T* x = half.x + t.begin * half.width;
         const float* g = inner.data() + t.begin * channels + half.at;
-        const bool masked = !d_share.empty();
         const float* mask = IsSkip && row.mask ? row.mask + t.begin : nullptr;
-        for_packs(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-            constexpr int V = decltype(pack)::kVectors;
-            Lanes mean[V], slope[V], constant[V], linear[V];
-            for (int v = 0; v < V; ++v) {
-                mean[v] = pack.load(row.mean.data() + half.at, v);
-                slope[v] = pack.load(row.slope.data() + half.at, v);
-                constant[v] = pack.load(first.data() + half.at, v);
-                linear[v] = pack.load(second.data() + half.at, v);
-            }
-            for (int64_t i = 0; i < t.count; ++i)
-                for (int v = 0; v < V; ++v) {
-                    const Lanes value = pack.load(x + i * half.width, v), z = value * t.factor[IsSkip][i] - mean[v];
-                    const Lanes spread = (constant[v] + linear[v] * z) * t.weight[i];
-                    Lanes dx = (pack.load(g + i * channels, v) * slope[v] + spread) * t.scale[i];
-                    if (masked) on_share[i] += (constant[v] + 0.5f * linear[v] * z) * z;
-                    if (IsSkip) {
-                        on_mask[i] += value * dx;
-                        if (mask) dx *= mask[i];
+        for_packs<V>(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+            using W = typename decltype(pack)::Vector;
+            const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
+            const W constant = pack.load(first.data() + half.at), linear = pack.load(second.data() + half.at);
+            const bool weighted = p.kind != NormKind::group;
+            with_factors(pack, row.is_scaled(IsSkip), weighted, [&](const auto scaled, const auto weighted)
+                             FACTORKIT_INLINE_LAMBDA {
+                for (int64_t i = 0; i < t.count; ++i) {
+                    const W x_i = pack.load(x + i * half.width);
+                    const W z = (scaled ? x_i * t.factor[IsSkip][i] : x_i) - mean, spread = constant + linear * z;
+                    W dx = pack.load(g + i * channels) * slope;
+                    if (weighted) {
+                        dx = (dx + spread * t.weight[i]) * t.scale[i];
+                        if (!d_share.empty()) add_lanes(on_share[i], (spread - 0.5f * linear * z) * z);
+                    } else {
+                        dx += spread;
                     }
-                    pack.store(add ? dx + pack.load(to + i * half.width, v) : dx, to + i * half.width, v);
+                    if (mask) {
+                        add_lanes(on_mask[i], x_i * dx);
+                        dx *= mask[i];
+                    }
+                    pack.store(add ? dx + pack.load(to + i * half.width) : dx, to + i * half.width);
                 }
+            });
         });
     }
 
@@ -355,7 +369,7 @@ struct ImageGradients {
         for (int64_t i = 0; i < n; ++i) along += double(d_share[i]) * (mask[i] + p.mask_floor);
         const float mean = float(along / row.mass);
         float* d_mask = d.masks + row.index * n;
-        for (int64_t i = 0; i < n; ++i) d_mask[i] += (d_share[i] - mean) / row.mass;
+        for (int64_t i = 0; i < n; ++i) d_mask[i] += d_share[i] - mean;
     }
 
     FACTORKIT_INLINE static void narrow(const Floats& wide, T* to) {
@@ -363,35 +377,41 @@ struct ImageGradients {
     }
 };
 
-template <class T>
-FACTORKIT_INLINE void backward_images(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
-    ImageGradients<T> gradients(p, d);
-    for (int64_t image = begin; image < end; ++image) gradients.compute(image);
-}
+struct Forward {
+    template <class V>
+    FACTORKIT_INLINE static void run(const NormProblem& p, void* out, float* moments, int64_t begin, int64_t end) {
+        if (p.is_bf16)
+            forward_rows<bf16, V>(p, out, moments, begin, end);
+        else
+            forward_rows<float, V>(p, out, moments, begin, end);
+    }
+};
+
+struct Backward {
+    template <class V>
+    FACTORKIT_INLINE static void run(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
+        if (p.is_bf16)
+            images<bf16, V>(p, d, begin, end);
+        else
+            images<float, V>(p, d, begin, end);
+    }
+
+    template <class T, class V>
+    FACTORKIT_INLINE static void images(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
+        ImageGradients<T, V> gradients(p, d);
+        for (int64_t image = begin; image < end; ++image) gradients.compute(image);
+    }
+};
 
 }  // namespace
 
-FACTORKIT_CLONES void forward_float(const NormProblem& p, void* out, float* moments, int64_t begin, int64_t end) {
-    forward_rows<float>(p, out, moments, begin, end);
-}
-FACTORKIT_CLONES void forward_bf16(const NormProblem& p, void* out, float* moments, int64_t begin, int64_t end) {
-    forward_rows<bf16>(p, out, moments, begin, end);
-}
-FACTORKIT_CLONES void backward_float(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
-    backward_images<float>(p, d, begin, end);
-}
-FACTORKIT_CLONES void backward_bf16(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
-    backward_images<bf16>(p, d, begin, end);
-}
-
 void norm_silu_forward(const NormProblem& p, void* out, float* moments, int threads) {
-    auto run = p.is_bf16 ? forward_bf16 : forward_float;
-    parallel_for(p.batch * p.regions, threads, [&](int64_t begin, int64_t end) { run(p, out, moments, begin, end); });
+    parallel_for(p.batch * p.regions, threads,
+                 [&](int64_t begin, int64_t end) { run_fastest<Forward>(p, out, moments, begin, end); });
 }
 
 void norm_silu_backward(const NormProblem& p, const NormGradients& d, int threads) {
-    auto run = p.is_bf16 ? backward_bf16 : backward_float;
-    parallel_for(p.batch, threads, [&](int64_t begin, int64_t end) { run(p, d, begin, end); });
+    parallel_for(p.batch, threads, [&](int64_t begin, int64_t end) { run_fastest<Backward>(p, d, begin, end); });
 }
 
 }  // namespace factorkit

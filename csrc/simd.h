@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "half.h"
 
@@ -10,8 +11,12 @@
 #if defined(FACTORKIT_CLONES)  // tests that compile a program of their own want one copy
 #elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FACTORKIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FACTORKIT_LEVELS
 #else
 #define FACTORKIT_CLONES
+#endif
+#ifndef FACTORKIT_LANES
+#define FACTORKIT_LANES 8  // of the vectors of the baseline; tests set 16, which AVX-512 has
 #endif
 #define FACTORKIT_INLINE inline __attribute__((always_inline))
 #define FACTORKIT_INLINE_LAMBDA __attribute__((always_inline))  // a lambda is compiled for the baseline unless inlined
@@ -41,12 +46,22 @@ FACTORKIT_INLINE float fast_exp(float x) {
 
 FACTORKIT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-// Eight floats, one AVX register; the compiler splits them where registers are smaller.
+// N floats and their bits. The compiler splits vectors that are longer than the registers.
+template <int N>
+struct Vector {
+    typedef float Floats __attribute__((vector_size(4 * N)));  // GCC ignores the attribute in a using declaration
+    typedef std::uint32_t Bits __attribute__((vector_size(4 * N)));
+    typedef std::int32_t Integers __attribute__((vector_size(4 * N)));
+    typedef std::uint16_t Halves __attribute__((vector_size(2 * N)));
+};
 constexpr std::int64_t kLanes = 8;
-using Lanes = float __attribute__((vector_size(4 * kLanes)));
-using IntLanes = std::int32_t __attribute__((vector_size(4 * kLanes)));
-using BitLanes = std::uint32_t __attribute__((vector_size(4 * kLanes)));
-using HalfLanes = std::uint16_t __attribute__((vector_size(2 * kLanes)));
+using Lanes = Vector<kLanes>::Floats;  // one AVX register
+template <class V>
+constexpr std::int64_t kLanesOf = sizeof(V) / sizeof(float);
+template <class V>
+using BitsOf = typename Vector<kLanesOf<V>>::Bits;
+template <class V>
+using HalvesOf = typename Vector<kLanesOf<V>>::Halves;
 
 template <class To, class From>
 FACTORKIT_INLINE To same_bits(const From& from) {
@@ -56,77 +71,152 @@ FACTORKIT_INLINE To same_bits(const From& from) {
     return to;
 }
 
-FACTORKIT_INLINE Lanes load_lanes(const float* from) {
-    Lanes x;
+template <class V = Lanes>
+FACTORKIT_INLINE V load_lanes(const float* from) {
+    V x;
     std::memcpy(&x, from, sizeof x);
     return x;
 }
-FACTORKIT_INLINE Lanes load_lanes(const bf16* from) {
-    HalfLanes bits;
+template <class V = Lanes>
+FACTORKIT_INLINE V load_lanes(const bf16* from) {
+    HalvesOf<V> bits;
     std::memcpy(&bits, from, sizeof bits);
-    return same_bits<Lanes>(__builtin_convertvector(bits, BitLanes) << 16);
+    return same_bits<V>(__builtin_convertvector(bits, BitsOf<V>) << 16);
 }
-FACTORKIT_INLINE void store_lanes(Lanes x, float* to) { std::memcpy(to, &x, sizeof x); }
-FACTORKIT_INLINE void store_lanes(Lanes x, bf16* to) {  // as store() in half.h
-    const BitLanes wide = same_bits<BitLanes>(x), rounded = wide + 0x7FFFu + ((wide >> 16) & 1u);
-    const HalfLanes bits = __builtin_convertvector((x != x ? (wide | 0x400000u) : rounded) >> 16, HalfLanes);
+template <class V>
+FACTORKIT_INLINE void store_lanes(V x, float* to) {
+    std::memcpy(to, &x, sizeof x);
+}
+template <class V>
+FACTORKIT_INLINE void store_lanes(V x, bf16* to) {  // as store() in half.h
+    const BitsOf<V> wide = same_bits<BitsOf<V>>(x), rounded = wide + 0x7FFFu + ((wide >> 16) & 1u);
+    const HalvesOf<V> bits = __builtin_convertvector((x != x ? (wide | 0x400000u) : rounded) >> 16, HalvesOf<V>);
     std::memcpy(to, &bits, sizeof bits);
 }
 
-// exp as above, with Cephes' polynomial of degree 6. The bits of `shifted` end in the integer n, which is added to the
-// exponent: within |x| < 40 no result is near the ends of the range.
-FACTORKIT_INLINE Lanes fast_exp(Lanes x) {
-    x = x < -40.0f ? Lanes{} - 40.0f : x;
-    x = x > 40.0f ? Lanes{} + 40.0f : x;
-    const Lanes shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+// exp for |x| <= 40, with Cephes' polynomial of degree 6. The bits of `shifted` end in the integer n, which is added to
+// the exponent: no result is near the ends of the range.
+template <class V>
+FACTORKIT_INLINE V exp_in_range(V x) {
+    const V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    V p = 1.9875691500e-4f * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + (r + 1.0f);
-    return same_bits<Lanes>(same_bits<BitLanes>(p) + (same_bits<BitLanes>(shifted) << 23));
+    return same_bits<V>(same_bits<BitsOf<V>>(p) + (same_bits<BitsOf<V>>(shifted) << 23));
 }
 
-FACTORKIT_INLINE Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + fast_exp(-x)); }
-
-FACTORKIT_INLINE float sum_lanes(Lanes x) {
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+template <class V>
+FACTORKIT_INLINE V fast_exp(V x) {  // as above
+    x = x < -40.0f ? V{} - 40.0f : x;
+    return exp_in_range(x > 40.0f ? V{} + 40.0f : x);
 }
 
-// V vectors of a row of numbers from `at` on; of the last one only the first `lanes` are there, unless `Whole`.
-template <int V, bool Whole>
+// Of NaN some number, as callers multiply by x: x is clamped as integers, which takes one instruction a bound. Those of
+// negative floats are larger than of positive ones if unsigned, smaller if signed.
+template <class V>
+FACTORKIT_INLINE V sigmoid(V x) {
+    using Integers = typename Vector<kLanesOf<V>>::Integers;
+    const BitsOf<V> bits = same_bits<BitsOf<V>>(x), lowest = same_bits<BitsOf<V>>(V{} - 40.0f);
+    const Integers above = same_bits<Integers>(bits < lowest ? bits : lowest);
+    const Integers highest = same_bits<Integers>(V{} + 40.0f);
+    return 1.0f / (1.0f + exp_in_range(-same_bits<V>(above < highest ? above : highest)));
+}
+
+template <class V>
+FACTORKIT_INLINE float sum_lanes(V x) {
+    for (std::int64_t half = kLanesOf<V> / 2; half > 0; half /= 2)
+        for (std::int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+}
+
+// Adds to a sum of as many lanes or more.
+template <class V, class W>
+FACTORKIT_INLINE void add_lanes(V& sum, W x) {
+    if constexpr (std::is_same<V, W>::value) {
+        sum += x;
+    } else {
+        V wide = {};
+        std::memcpy(&wide, &x, sizeof x);
+        sum += wide;
+    }
+}
+
+// A vector of a row of numbers from `at` on, of which only the first `lanes` are there, unless `Whole`.
+template <class V, bool Whole>
 struct Pack {
-    static constexpr int kVectors = V;
+    using Vector = V;
+    static constexpr bool kWhole = Whole;
     std::int64_t at, lanes;
 
     template <class T>
-    FACTORKIT_INLINE Lanes load(const T* row, int v) const {
-        if (Whole) return load_lanes(row + at + v * kLanes);
-        T whole[kLanes] = {};
+    FACTORKIT_INLINE V load(const T* row) const {
+        if (Whole) return load_lanes<V>(row + at);
+        T whole[kLanesOf<V>] = {};
         std::memcpy(whole, row + at, lanes * sizeof(T));
-        return load_lanes(whole);
+        return load_lanes<V>(whole);
     }
     template <class T>
-    FACTORKIT_INLINE void store(Lanes x, T* row, int v) const {
-        if (Whole) return store_lanes(x, row + at + v * kLanes);
-        T whole[kLanes];
+    FACTORKIT_INLINE void store(V x, T* row) const {
+        if (Whole) return store_lanes(x, row + at);
+        T whole[kLanesOf<V>];
         store_lanes(x, whole);
         std::memcpy(row + at, whole, lanes * sizeof(T));
     }
 };
 
-// Calls run(pack) for packs that cover a row of `width` numbers: two vectors each, then what is left.
-template <class Run>
+// Calls run(pack) for packs that cover a row of `width` numbers: vectors V, then shorter ones for what is left.
+template <class V = Lanes, class Run>
 FACTORKIT_INLINE void for_packs(std::int64_t width, const Run& run) {
     std::int64_t at = 0;
-    for (; at + 2 * kLanes <= width; at += 2 * kLanes) run(Pack<2, true>{at, kLanes});
-    if (at + kLanes <= width) {
-        run(Pack<1, true>{at, kLanes});
-        at += kLanes;
+    for (; at + kLanesOf<V> <= width; at += kLanesOf<V>) run(Pack<V, true>{at, kLanesOf<V>});
+    if constexpr (kLanesOf<V> > kLanes) {
+        if (at + kLanes <= width) {
+            run(Pack<Lanes, true>{at, kLanes});
+            at += kLanes;
+        }
     }
-    if (at < width) run(Pack<1, false>{at, width - at});
+    if (at < width) run(Pack<Lanes, false>{at, width - at});
+}
+
+// --- vectors as long as the registers of the processor ---
+// Run::run<V>(arguments...) for the V that fits, compiled for that instruction set.
+
+template <class Run, class... Arguments>
+void run_baseline(const Arguments&... arguments) {
+    Run::template run<Vector<FACTORKIT_LANES>::Floats>(arguments...);
+}
+
+#ifdef FACTORKIT_LEVELS
+template <class Run, class... Arguments>
+__attribute__((target("arch=x86-64-v3"))) void run_avx2(const Arguments&... arguments) {
+    Run::template run<Vector<8>::Floats>(arguments...);
+}
+template <class Run, class... Arguments>
+__attribute__((target("arch=x86-64-v4"))) void run_avx512(const Arguments&... arguments) {
+    Run::template run<Vector<16>::Floats>(arguments...);
+}
+
+inline int instruction_level() {
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return 0;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+    return wide ? 2 : 1;
+}
+#endif
+
+template <class Run, class... Arguments>
+void run_fastest(const Arguments&... arguments) {
+#ifdef FACTORKIT_LEVELS
+    static const int level = instruction_level();
+    if (level == 2) return run_avx512<Run>(arguments...);
+    if (level == 1) return run_avx2<Run>(arguments...);
+#endif
+    run_baseline<Run>(arguments...);
 }
 
 }  // namespace factorkit
