@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit import ops
-from factorkit.nn.unet import Norm, zero_init
+from factorkit.nn.unet import Norm, attend, zero_init
 
 MLP_FACTOR = 4  # hidden channels of a block's two layers, in units of its channels
 PIXEL_CHANNELS = 16  # of the features at the resolution of the image, behind the tokens
@@ -52,7 +52,7 @@ class TokenAttention(nn.Module):
         qk = ops.group_norm_silu(qk, self.gain, torch.zeros_like(self.gain), groups=1, norm="pixel", activate=False)
         q, k = qk.permute(0, 3, 2, 1).chunk(2, dim=1)
         v = self.v(x).permute(0, 2, 3, 1).reshape(n, tokens, self.num_heads, size).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height, width, c)
+        out = attend(q, k, v).transpose(1, 2).reshape(n, height, width, c)
         return self.project(out.permute(0, 3, 1, 2))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from factorkit.nn import unet
 from factorkit.nn.unet import (
+    MAX_TOKENS_FP32,
     Attention,
     Decoder,
     Downsample,
@@ -19,6 +20,7 @@ from factorkit.nn.unet import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    attend,
     group_count,
     sinusoid,
 )
@@ -151,6 +153,33 @@ def test_attention_equals_its_equation():
         heads.append(torch.einsum("bij,bcj->bci", weights, vh))
     out = F.conv2d(torch.cat(heads, 1).reshape(x.shape), attention.project.weight, attention.project.bias)
     torch.testing.assert_close(attention(x), x + out)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gradient", "expected"),
+    [(64, True, torch.float32), (64, False, torch.bfloat16), (MAX_TOKENS_FP32 + 1, True, torch.bfloat16)],
+)
+def test_attend_bf16_on_cpu_runs_in_fp32_where_that_is_faster(monkeypatch, tokens, gradient, expected):
+    dtypes, attention = [], F.scaled_dot_product_attention
+
+    def record(q, k, v):
+        out = attention(q, k, v)
+        dtypes.append(out.dtype)
+        return out
+
+    q, k, v = (torch.randn(2, 2, tokens, 6).bfloat16().requires_grad_(gradient) for _ in range(3))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.softmax(exact[0] @ exact[1].mT / 6**0.5, -1) @ exact[2]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v)
+    assert (dtypes, out.dtype) == ([expected], torch.bfloat16)
+    torch.testing.assert_close(out.double(), wanted, atol=0.02, rtol=0.02)
+    if gradient:
+        upstream = torch.randn_like(wanted)
+        found = torch.autograd.grad(out, (q, k, v), upstream.bfloat16())
+        for x, y in zip(found, torch.autograd.grad(wanted, exact, upstream), strict=True):
+            assert (x.double() - y).norm() < 0.02 * y.norm()
 
 
 def test_attention_indivisible_heads_become_one():
