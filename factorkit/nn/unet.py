@@ -163,7 +163,7 @@ class ResBlock(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(C)) v of each head: [N, heads, tokens, C].
 
-    On a CPU, bf16 becomes fp32 where a gradient of few tokens is needed: PyTorch's backward pass is faster in fp32 then.
+    On a CPU, bf16 becomes fp32 where a gradient of few tokens is needed: PyTorch's backward pass is faster then.
     """
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     if not slow or q.shape[-2] > MAX_TOKENS_FP32:

@@ -33,7 +33,9 @@ def test_op_under_sanitizers_agrees_with_sums_in_double(tmp_path, name, lanes):
     if probe.returncode or subprocess.run([str(tmp_path / "probe")]).returncode:
         pytest.skip(f"{CXX[0]} has no address and undefined-behaviour sanitizers that work here")
     # Not optimised, as most time goes to the optimiser; the sums in double are, as most time of the program goes there.
-    built = compile_program([CSRC / f"{name}_cpu.cpp"], tmp_path / "op.o", *SANITIZERS, f"-DFACTORKIT_LANES={lanes}", "-O0", "-c")
+    built = compile_program(
+        [CSRC / f"{name}_cpu.cpp"], tmp_path / "op.o", *SANITIZERS, f"-DFACTORKIT_LANES={lanes}", "-O0", "-c"
+    )
     assert built.returncode == 0, built.stderr[-4000:]
     sources = [HERE / f"{name}_check.cpp", CSRC / "threads_cpu.cpp", tmp_path / "op.o"]
     built = compile_program(sources, tmp_path / "check", *SANITIZERS, "-O1")
