@@ -221,16 +221,15 @@ def make_step(
     return PlainStep(task, net, config, device), net
 
 
-def gradients(net: nn.Module, config: SegdiffConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prediction and the gradient of all parameters for one fixed batch, both flat fp32 on the CPU; for comparing."""
+def gradients(net: nn.Module, config: SegdiffConfig, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Return the prediction and the gradient of each parameter for one fixed batch, fp32 on the CPU; for comparing."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(config.batch_size, 3, config.resolution, config.resolution, generator=generator).to(device)
     t = torch.arange(config.batch_size, device=device) * 7 % config.timesteps
     with autocast(config, device):
         prediction = net(x.contiguous(memory_format=torch.channels_last), t).prediction
     result = torch.autograd.grad((prediction * x.sin()).mean(), [p for p in net.parameters()], allow_unused=True)
-    flat = [torch.zeros(0) if g is None else g.float().flatten().cpu() for g in result]
-    return prediction.detach().float().cpu(), torch.cat(flat)
+    return prediction.detach().float().cpu(), [torch.zeros(0) if g is None else g.float().cpu() for g in result]
 
 
 class StageReachedError(Exception):

@@ -97,8 +97,17 @@ def decode(decoder: Decoder, h: Tensor, skips: list[Tensor], embedding: Tensor, 
             if level.attention:
                 h = attend(level.attention[i], h, masks)
         if level.up is not None:
-            h = level.up(h)
+            h = F.conv2d(double(h), level.up.weight, level.up.bias, padding=1)
     return decoder.conv_out(F.silu(normalise(decoder.norm_out, h, masks)))
+
+
+def double(x: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    # In bf16 Inductor of torch 2.13 gives that zero gradients (the same issue), but not a copy.
+    n, c, h, w = x.shape
+    copies = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
+    return copies.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
 def repeat(x: Tensor, masks: Tensor) -> Tensor:
