@@ -8,6 +8,7 @@
 
 #include "norm.h"
 #include "region.h"
+#include "region_pool.h"
 #include "skip.h"
 #include "system.h"
 
@@ -85,6 +86,12 @@ factorkit::SkipProblem skip_problem(const std::array<std::uintptr_t, 5>& in, con
                                     const std::array<bool, 2>& flags) {
     return {at<void>(in[0]), at<void>(in[1]), at<float>(in[2]), at<float>(in[3]), at<void>(in[4]), sizes[0],
             sizes[1],        sizes[2],        sizes[3],         flags[0],         flags[1]};
+}
+
+// (features, masks), (batch, regions, channels, pixels)
+factorkit::PoolProblem pool_problem(const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes,
+                                    bool is_bf16, float floor) {
+    return {at<void>(in[0]), at<float>(in[1]), sizes[0], sizes[1], sizes[2], sizes[3], is_bf16, floor};
 }
 
 // (batch, regions, height, width), and (address, stride_b, stride_k) of each level from the masks on
@@ -167,6 +174,23 @@ build, without a driver and without a device. Raises RuntimeError with the cause
         },
         "Gradient of mask_pyramid_forward on the CPU; called by factorkit.ops, see csrc/region.h.");
 
+    m.def(
+        "region_pool_forward",
+        [](const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes, bool is_bf16, float floor,
+           std::uintptr_t tokens, int threads) {
+            py::gil_scoped_release released;
+            factorkit::region_pool_forward(pool_problem(in, sizes, is_bf16, floor), at<float>(tokens), threads);
+        },
+        "Averages of the features over the regions on the CPU; called by factorkit.ops, see csrc/region_pool.h.");
+    m.def(
+        "region_pool_backward",
+        [](const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes, bool is_bf16, float floor,
+           const std::array<std::uintptr_t, 4>& d, int threads) {
+            py::gil_scoped_release released;
+            const factorkit::PoolGradients gradients{at<float>(d[0]), at<float>(d[1]), at<void>(d[2]), at<float>(d[3])};
+            factorkit::region_pool_backward(pool_problem(in, sizes, is_bf16, floor), gradients, threads);
+        },
+        "Gradients of region_pool_forward on the CPU; called by factorkit.ops, see csrc/region_pool.h.");
     m.def(
         "masked_skip_add_forward",
         [](const std::array<std::uintptr_t, 5>& in, const std::array<std::int64_t, 4>& sizes,
