@@ -108,8 +108,9 @@ struct PoolBackward {
 
    private:
     FACTORKIT_INLINE void run_pixels(int64_t image, int64_t begin, int64_t count) {
-        const int64_t n = p.pixels, width = p.channels;
-        const float* masks = p.masks + image * p.regions * n + begin;
+        const int64_t n = p.pixels, width = p.channels, regions = p.regions;
+        const float *masks = p.masks + image * regions * n + begin, *all_weights = weights.data();
+        float* all_products = products.data();
         std::fill(products.begin(), products.end(), 0.0f);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (image * n + begin + i) * width;
@@ -119,11 +120,11 @@ struct PoolBackward {
                 constexpr int V = decltype(pack)::kVectors;
                 Lanes f[V], sums[V] = {};
                 for (int v = 0; v < V; ++v) f[v] = pack.load(features, v);
-                for (int64_t k = 0; k < p.regions; ++k) {
-                    float* product = &products[(k * kLanes + i) * kLanes];
+                for (int64_t k = 0; k < regions; ++k) {
+                    float* product = all_products + (k * kLanes + i) * kLanes;
                     Lanes total = load_lanes(product);
                     for (int v = 0; v < V; ++v) {
-                        const Lanes w = pack.load(&weights[k * width], v);
+                        const Lanes w = pack.load(all_weights + k * width, v);
                         sums[v] += masks[k * n + i] * w;
                         total += w * f[v];
                     }

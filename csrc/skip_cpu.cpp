@@ -68,20 +68,21 @@ FACTORKIT_INLINE void add_tiles(const SkipProblem& p, const float* bias, void* o
 template <class T, bool SharedBase>
 FACTORKIT_INLINE void add_gradients(const SkipProblem& p, const SkipGradients& d, int64_t image, int64_t begin,
                                     int64_t count, Floats& products) {
-    const int64_t n = p.pixels, width = p.channels, of_region = n * width;
-    const float* masks = p.masks + image * p.regions * n + begin;
+    const int64_t n = p.pixels, width = p.channels, regions = p.regions, of_region = n * width;
+    const float* masks = p.masks + image * regions * n + begin;
+    float* all_products = products.data();
     std::fill(products.begin(), products.end(), 0.0f);
     for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (image * n + begin + i) * width;
-        const T* grads = static_cast<const T*>(d.on_out) + (image * p.regions * n + begin + i) * width;
+        const T* grads = static_cast<const T*>(d.on_out) + (image * regions * n + begin + i) * width;
         const T* skip = static_cast<const T*>(p.skip) + at;
         T* on_skip = static_cast<T*>(d.skip) + at;
         T* on_base = SharedBase ? static_cast<T*>(d.base) + at : nullptr;
         for_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
             constexpr int V = decltype(pack)::kVectors;
             Lanes masked[V] = {}, plain[V] = {};
-            for (int64_t k = 0; k < p.regions; ++k) {
-                float* product = &products[(k * kLanes + i) * kLanes];
+            for (int64_t k = 0; k < regions; ++k) {
+                float* product = all_products + (k * kLanes + i) * kLanes;
                 Lanes sum = load_lanes(product);
                 for (int v = 0; v < V; ++v) {
                     const Lanes g = pack.load(grads + k * of_region, v);
