@@ -8,7 +8,7 @@ namespace factorkit {
 struct PoolProblem {
     const void* features;  // [batch, pixels, channels]
     const float* masks;    // [batch, regions, pixels]
-    std::int64_t batch, regions, channels, pixels;
+    std::int64_t batch, regions, channels, pixels;  // at least 8 channels
     bool is_bf16;  // of the features and their gradient; else float
     float floor;   // added to a region's area
 };

@@ -1,9 +1,10 @@
 #include "region_pool.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
-#include "lane_sums.h"
+#include "rows.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -20,7 +21,7 @@ constexpr int kInFlight = 2;            // pixels whose sums do not wait for eac
 template <int R, class T>
 FACTORKIT_INLINE void add_weighted(const T* features, const float* masks, int64_t pixels, int64_t count, int64_t width,
                                    float* tokens) {
-    for_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+    for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
         constexpr int V = decltype(pack)::kVectors;
         Lanes sums[kInFlight][R][V] = {};
         const auto add = [&](int64_t i, int j) FACTORKIT_INLINE_LAMBDA {
@@ -36,7 +37,7 @@ FACTORKIT_INLINE void add_weighted(const T* features, const float* masks, int64_
         for (int k = 0; k < R; ++k)
             for (int v = 0; v < V; ++v) {
                 Lanes sum = pack.load(tokens + k * width, v);
-                for (int j = 0; j < kInFlight; ++j) sum += sums[j][k][v];
+                for (int j = 0; j < kInFlight; ++j) sum += pack.once(sums[j][k][v]);
                 pack.store(sum, tokens + k * width, v);
             }
     });
@@ -94,11 +95,11 @@ struct PoolBackward {
             const float factor = 1.0f / (area_of(p.masks + row * p.pixels, p.pixels) + p.floor);
             float* weight = &weights[k * p.channels];
             Lanes offset = {};
-            for_packs(p.channels, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+            for_row_packs(p.channels, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
                 for (int v = 0; v < pack.kVectors; ++v) {
                     const Lanes w = pack.load(d.on_tokens + row * p.channels, v) * factor;
                     pack.store(w, weight, v);
-                    offset += w * pack.load(d.tokens + row * p.channels, v);
+                    offset += pack.once(w * pack.load(d.tokens + row * p.channels, v));
                 }
             });
             offsets[k] = sum_lanes(offset);
@@ -116,7 +117,7 @@ struct PoolBackward {
             const int64_t at = (image * n + begin + i) * width;
             const T* features = static_cast<const T*>(p.features) + at;
             T* on_features = static_cast<T*>(d.features) + at;
-            for_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+            for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
                 constexpr int V = decltype(pack)::kVectors;
                 Lanes f[V], sums[V] = {};
                 for (int v = 0; v < V; ++v) f[v] = pack.load(features, v);
@@ -126,7 +127,7 @@ struct PoolBackward {
                     for (int v = 0; v < V; ++v) {
                         const Lanes w = pack.load(all_weights + k * width, v);
                         sums[v] += masks[k * n + i] * w;
-                        total += w * f[v];
+                        total += pack.once(w * f[v]);
                     }
                     store_lanes(total, product);
                 }

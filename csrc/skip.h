@@ -12,7 +12,7 @@ struct SkipProblem {
     const float* masks;    // [batch, regions, pixels]
     const float* bias;     // [channels] or null
     const void* residual;  // [batch * regions, ...] or null
-    std::int64_t batch, regions, channels, pixels;
+    std::int64_t batch, regions, channels, pixels;  // at least 8 channels
     bool base_shared;
     bool is_bf16;  // of the features and their gradients; else float
 };

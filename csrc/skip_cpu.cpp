@@ -1,9 +1,10 @@
 #include "skip.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
-#include "lane_sums.h"
+#include "rows.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -43,7 +44,7 @@ FACTORKIT_INLINE void add_tile(const SkipProblem& p, const Tile& tile, const flo
         const float* mask = p.masks + row * p.pixels + tile.begin;
         T* out = to_out + in_row;
         for (int64_t i = 0; i < tile.count; ++i, base += width, skip += width, residual += width, out += width)
-            for_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+            for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
                 for (int v = 0; v < pack.kVectors; ++v) {
                     Lanes x = pack.load(base, v) + mask[i] * pack.load(skip, v) + pack.load(bias, v);
                     if (HasResidual) x += pack.load(residual, v);
@@ -78,7 +79,7 @@ FACTORKIT_INLINE void add_gradients(const SkipProblem& p, const SkipGradients& d
         const T* skip = static_cast<const T*>(p.skip) + at;
         T* on_skip = static_cast<T*>(d.skip) + at;
         T* on_base = SharedBase ? static_cast<T*>(d.base) + at : nullptr;
-        for_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+        for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
             constexpr int V = decltype(pack)::kVectors;
             Lanes masked[V] = {}, plain[V] = {};
             for (int64_t k = 0; k < regions; ++k) {
@@ -88,7 +89,7 @@ FACTORKIT_INLINE void add_gradients(const SkipProblem& p, const SkipGradients& d
                     const Lanes g = pack.load(grads + k * of_region, v);
                     masked[v] += masks[k * n + i] * g;
                     if (SharedBase) plain[v] += g;
-                    sum += g * pack.load(skip, v);
+                    sum += pack.once(g * pack.load(skip, v));
                 }
                 store_lanes(sum, product);
             }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    CPP_MIN_CHANNELS,
     EXTENSION,
     dense_format,
     empty_like,
@@ -223,9 +224,7 @@ def _pool_cpp(features: Tensor, masks: Tensor) -> Tensor | None:
     return tokens
 
 
-def _pool_backward_cpp(
-    grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor] | None:
+def _pool_backward_cpp(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
     if not _cpp_pools(features, masks):
         return None
     masks, grad = masks.contiguous(), grad.contiguous()
@@ -236,7 +235,9 @@ def _pool_backward_cpp(
 
 
 def _cpp_pools(features: Tensor, masks: Tensor) -> bool:
-    if masks.dtype != torch.float32 or features.shape[:1] + features.shape[2:] != masks.shape[:1] + masks.shape[2:]:
+    if masks.dtype != torch.float32 or features.shape[1] < CPP_MIN_CHANNELS:
+        return False
+    if features.shape[:1] + features.shape[2:] != masks.shape[:1] + masks.shape[2:]:
         return False
     return dense_format(features) == torch.channels_last and _cpp_takes(features, masks)
 
@@ -271,11 +272,7 @@ register(
     autograd=(_pool_setup_context, _pool_autograd),
 )
 register(
-    "region_pool_backward",
-    _pool_backward,
-    _pool_backward_fake,
-    cpp=_pool_backward_cpp,
-    triton=_pool_backward_triton,
+    "region_pool_backward", _pool_backward, _pool_backward_fake, cpp=_pool_backward_cpp, triton=_pool_backward_triton
 )
 
 

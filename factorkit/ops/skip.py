@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    CPP_MIN_CHANNELS,
     EXTENSION,
     dense_format,
     empty_like,
@@ -164,7 +165,7 @@ def masked_skip_gradients(grad: Tensor, skip: Tensor, masks: Tensor | None) -> l
     return [empty_like(skip).copy_(d_skip), d_masks.to(masks.dtype).contiguous()]
 
 
-# C++ (csrc/skip_cpu.cpp): channels_last, fp32 or bf16, masks in fp32
+# C++ (csrc/skip_cpu.cpp): channels_last, fp32 or bf16, at least 8 channels, masks in fp32
 
 
 def _add_cpp(
@@ -201,7 +202,7 @@ def _add_backward_cpp(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Te
 
 def _cpp_takes(base: Tensor, skip: Tensor, masks: Tensor) -> bool:
     one_dtype = base.dtype in (torch.float32, torch.bfloat16) and skip.dtype == base.dtype
-    if not one_dtype or masks.dtype != torch.float32 or base.numel() == 0:
+    if not one_dtype or masks.dtype != torch.float32 or base.shape[1] < CPP_MIN_CHANNELS or base.numel() == 0:
         return False
     if base.shape[1:] != skip.shape[1:] or skip.shape[:1] + skip.shape[2:] != masks.shape[:1] + masks.shape[2:]:
         return False
