@@ -5,6 +5,8 @@
 
 namespace factorkit {
 
+using LaneIndices = std::int32_t __attribute__((vector_size(4 * kLanes)));
+
 // V whole vectors of a row from `at` on. Of the pack at the end of a row, the first `covered` lanes are in the one before
 // too: loads of fewer lanes take several times as long as whole ones.
 template <int V, bool Overlaps>
@@ -23,7 +25,7 @@ struct RowPack {
     }
     // With zeros for the covered lanes: for sums, in which they are already.
     FACTORKIT_INLINE Lanes once(Lanes x) const {
-        return Overlaps ? (IntLanes{0, 1, 2, 3, 4, 5, 6, 7} < covered ? Lanes{} : x) : x;
+        return Overlaps ? (LaneIndices{0, 1, 2, 3, 4, 5, 6, 7} < covered ? Lanes{} : x) : x;
     }
 };
 
@@ -42,7 +44,7 @@ FACTORKIT_INLINE void for_row_packs(std::int64_t width, const Run& run) {
 #if defined(__clang__)
 #define FACTORKIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else  // GCC has the other one from version 12 on
-#define FACTORKIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntLanes{__VA_ARGS__})
+#define FACTORKIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, LaneIndices{__VA_ARGS__})
 #endif
 
 // Lane i is the sum of the lanes of x[i]. Each round halves the vectors: 14 shuffles in all, where eight sums one by one

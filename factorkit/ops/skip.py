@@ -190,10 +190,10 @@ def _add_cpp(
 
 
 def _add_backward_cpp(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor) -> list[Tensor] | None:
-    if not _cpp_takes(skip if base is None else base, skip, masks):
+    if grad.dtype != skip.dtype or not _cpp_takes(skip if base is None else base, skip, masks):
         return None
     gradients = _add_backward_fake(grad, base, skip, masks)
-    grad, masks = with_layout_of(grad.to(skip.dtype), skip), masks.contiguous()
+    grad, masks = with_layout_of(grad, skip), masks.contiguous()
     addresses = [x.data_ptr() for x in gradients]
     addresses = [grad.data_ptr(), *([] if len(addresses) == 3 else [0]), *addresses]
     EXTENSION.masked_skip_add_backward(*_cpp_problem(base, skip, masks), addresses, torch.get_num_threads())

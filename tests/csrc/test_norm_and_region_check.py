@@ -1,4 +1,4 @@
-"""The norm and the region ops, each in a program of its own (norm_check.cpp, region_check.cpp), under sanitizers."""
+"""The ops of the U-Net, each family in a program of its own (norm_check.cpp ...), under sanitizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compile_program(sources: list[Path], program: Path, *flags: str) -> subproce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["norm", "region"])
+@pytest.mark.parametrize("name", ["norm", "region", "region_pool", "skip"])
 def test_op_under_sanitizers_agrees_with_sums_in_double(tmp_path, name):
     (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
     probe = compile_program([tmp_path / "probe.cpp"], tmp_path / "probe", *SANITIZERS)
