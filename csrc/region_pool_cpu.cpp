@@ -17,11 +17,11 @@ using Floats = std::vector<float>;
 constexpr int64_t kTileNumbers = 4096;  // features that stay in the first-level cache from some regions to the next
 constexpr int kInFlight = 2;            // pixels whose sums do not wait for each other
 
-// Adds m_k f over `count` pixels to the tokens [R][width] of R regions.
+// Adds m_k f over `count` pixels to the packed sums [R][stride] of R regions.
 template <int R, class T>
 FACTORKIT_INLINE void add_weighted(const T* features, const float* masks, int64_t pixels, int64_t count, int64_t width,
-                                   float* tokens) {
-    for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+                                   float* totals, int64_t stride) {
+    for_row_packs<T>(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
         constexpr int V = decltype(pack)::kVectors;
         Lanes sums[kInFlight][R][V] = {};
         const auto add = [&](int64_t i, int j) FACTORKIT_INLINE_LAMBDA {
@@ -36,9 +36,9 @@ FACTORKIT_INLINE void add_weighted(const T* features, const float* masks, int64_
         for (; i < count; ++i) add(i, 0);
         for (int k = 0; k < R; ++k)
             for (int v = 0; v < V; ++v) {
-                Lanes sum = pack.load(tokens + k * width, v);
-                for (int j = 0; j < kInFlight; ++j) sum += pack.once(sums[j][k][v]);
-                pack.store(sum, tokens + k * width, v);
+                Lanes sum = pack.load_packed(totals + k * stride, v);
+                for (int j = 0; j < kInFlight; ++j) sum += sums[j][k][v];
+                pack.store_packed(sum, totals + k * stride, v);
             }
     });
 }
@@ -58,51 +58,52 @@ FACTORKIT_INLINE float area_of(const float* mask, int64_t pixels) {
 template <class T>
 FACTORKIT_INLINE void pool_images(const PoolProblem& p, float* to_tokens, int64_t begin, int64_t end) {
     const int64_t n = p.pixels, width = p.channels, tile = std::max<int64_t>(1, kTileNumbers / width);
+    const int64_t stride = packed_size(width);
+    Floats sums(p.regions * stride);
     for (int64_t image = begin; image < end; ++image) {
         const float* masks = p.masks + image * p.regions * n;
-        float* tokens = to_tokens + image * p.regions * width;
-        std::fill(tokens, tokens + p.regions * width, 0.0f);
+        std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t at = 0; at < n; at += tile) {
             const T* features = static_cast<const T*>(p.features) + (image * n + at) * width;
             const int64_t count = std::min(tile, n - at);
             int64_t k = 0;
             for (; k + 2 <= p.regions; k += 2)
-                add_weighted<2>(features, masks + k * n + at, n, count, width, tokens + k * width);
-            if (k < p.regions) add_weighted<1>(features, masks + k * n + at, n, count, width, tokens + k * width);
+                add_weighted<2>(features, masks + k * n + at, n, count, width, &sums[k * stride], stride);
+            if (k < p.regions)
+                add_weighted<1>(features, masks + k * n + at, n, count, width, &sums[k * stride], stride);
         }
         for (int64_t k = 0; k < p.regions; ++k) {
             const float factor = 1.0f / (area_of(masks + k * n, n) + p.floor);
-            for (int64_t c = 0; c < width; ++c) tokens[k * width + c] *= factor;
+            float* tokens = to_tokens + (image * p.regions + k) * width;
+            for (int64_t i = 0; i < stride; ++i)
+                tokens[channel_at(i, width, p.is_bf16)] = sums[k * stride + i] * factor;
         }
     }
 }
 
-// One image at a time: `weights` [regions][channels] are the upstream gradients over the areas, by which the features'
+// One image at a time: the packed `weights` [regions][stride] are the upstream gradients over the areas, by which the features'
 // gradient is sum_k m_k weights_k and that of m_k is weights_k . f - offset_k, offset_k = weights_k . tokens_k.
 template <class T>
 struct PoolBackward {
     const PoolProblem& p;
     const PoolGradients& d;
+    const int64_t stride;
     Floats weights, offsets;
     Floats products;  // [regions][kLanes][kLanes]: of some pixels weights_k . f before the sum over the last index
 
     PoolBackward(const PoolProblem& p, const PoolGradients& d)
-        : p(p), d(d), weights(p.regions * p.channels), offsets(p.regions), products(p.regions * kLanes * kLanes) {}
+        : p(p), d(d), stride(packed_size(p.channels)), weights(p.regions * stride), offsets(p.regions), products(p.regions * kLanes * kLanes) {}
 
     FACTORKIT_INLINE void run(int64_t image) {
         for (int64_t k = 0; k < p.regions; ++k) {
             const int64_t row = image * p.regions + k;
             const float factor = 1.0f / (area_of(p.masks + row * p.pixels, p.pixels) + p.floor);
-            float* weight = &weights[k * p.channels];
-            Lanes offset = {};
-            for_row_packs(p.channels, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                for (int v = 0; v < pack.kVectors; ++v) {
-                    const Lanes w = pack.load(d.on_tokens + row * p.channels, v) * factor;
-                    pack.store(w, weight, v);
-                    offset += pack.once(w * pack.load(d.tokens + row * p.channels, v));
-                }
-            });
-            offsets[k] = sum_lanes(offset);
+            const float *on_tokens = d.on_tokens + row * p.channels, *tokens = d.tokens + row * p.channels;
+            for (int64_t i = 0; i < stride; ++i)
+                weights[k * stride + i] = on_tokens[channel_at(i, p.channels, p.is_bf16)] * factor;
+            double offset = 0;
+            for (int64_t c = 0; c < p.channels; ++c) offset += double(on_tokens[c]) * tokens[c];
+            offsets[k] = float(offset) * factor;
         }
         for (int64_t i = 0; i < p.pixels; i += kLanes) run_pixels(image, i, std::min(kLanes, p.pixels - i));
     }
@@ -117,7 +118,7 @@ struct PoolBackward {
             const int64_t at = (image * n + begin + i) * width;
             const T* features = static_cast<const T*>(p.features) + at;
             T* on_features = static_cast<T*>(d.features) + at;
-            for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+            for_row_packs<T>(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
                 constexpr int V = decltype(pack)::kVectors;
                 Lanes f[V], sums[V] = {};
                 for (int v = 0; v < V; ++v) f[v] = pack.load(features, v);
@@ -125,13 +126,13 @@ struct PoolBackward {
                     float* product = all_products + (k * kLanes + i) * kLanes;
                     Lanes total = load_lanes(product);
                     for (int v = 0; v < V; ++v) {
-                        const Lanes w = pack.load(all_weights + k * width, v);
+                        const Lanes w = pack.load_packed(all_weights + k * stride, v);
                         sums[v] += masks[k * n + i] * w;
                         total += pack.once(w * f[v]);
                     }
                     store_lanes(total, product);
                 }
-                for (int v = 0; v < V; ++v) pack.store(sums[v], on_features, v);
+                pack.store(sums, on_features);
             });
         }
         for (int64_t k = 0; k < p.regions; ++k) {

@@ -5,40 +5,74 @@
 
 namespace factorkit {
 
+// The packs of a row have an order of their own ("packed"): two vectors of bf16 are eight words, whose lower halves are
+// one vector and the upper halves the other, which needs fewer instructions than vectors of neighbours. Floats by channel
+// that meet them are packed too. Of the pack at the end of a row, the first `covered` lanes are in one before as well:
+// loads of fewer lanes take several times as long as whole ones.
+using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
 using LaneIndices = std::int32_t __attribute__((vector_size(4 * kLanes)));
 
-// V whole vectors of a row from `at` on. Of the pack at the end of a row, the first `covered` lanes are in the one before
-// too: loads of fewer lanes take several times as long as whole ones.
-template <int V, bool Overlaps>
+template <class T, int V, bool Overlaps>
 struct RowPack {
     static constexpr int kVectors = V;
-    std::int64_t at;
+    static constexpr bool kOfWords = V == 2 && sizeof(T) == 2;
+    std::int64_t at, packed_at;  // where it begins, in channels and in packed floats
     std::int32_t covered;
 
-    template <class T>
     FACTORKIT_INLINE Lanes load(const T* row, int v) const {
-        return load_lanes(row + at + v * kLanes);
+        if constexpr (kOfWords) {
+            Words words;
+            std::memcpy(&words, row + at, sizeof words);
+            return same_bits<Lanes>(v == 0 ? words << 16 : words & 0xFFFF0000u);
+        } else {
+            return load_lanes(row + at + v * kLanes);
+        }
     }
-    template <class T>
-    FACTORKIT_INLINE void store(Lanes x, T* row, int v) const {
-        store_lanes(x, row + at + v * kLanes);
+    FACTORKIT_INLINE void store(const Lanes (&x)[V], T* row) const {
+        if constexpr (kOfWords) {
+            const Words words = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
+            std::memcpy(row + at, &words, sizeof words);
+        } else {
+            for (int v = 0; v < V; ++v) store_lanes(x[v], row + at + v * kLanes);
+        }
+    }
+    FACTORKIT_INLINE Lanes load_packed(const float* values, int v) const {
+        return load_lanes(values + packed_at + v * kLanes);
+    }
+    FACTORKIT_INLINE void store_packed(Lanes x, float* values, int v) const {
+        store_lanes(x, values + packed_at + v * kLanes);
     }
     // With zeros for the covered lanes: for sums, in which they are already.
     FACTORKIT_INLINE Lanes once(Lanes x) const {
         return Overlaps ? (LaneIndices{0, 1, 2, 3, 4, 5, 6, 7} < covered ? Lanes{} : x) : x;
     }
+
+   private:
+    static FACTORKIT_INLINE Words rounded(Lanes x) {  // as store() in half.h
+        const Words wide = same_bits<Words>(x);
+        return x != x ? (wide | 0x400000u) : wide + 0x7FFFu + ((wide >> 16) & 1u);
+    }
 };
 
 // Calls run(pack) for packs that cover a row of `width` >= kLanes numbers: two vectors each, then what is left.
-template <class Run>
+template <class T, class Run>
 FACTORKIT_INLINE void for_row_packs(std::int64_t width, const Run& run) {
     std::int64_t at = 0;
-    for (; at + 2 * kLanes <= width; at += 2 * kLanes) run(RowPack<2, false>{at, 0});
+    for (; at + 2 * kLanes <= width; at += 2 * kLanes) run(RowPack<T, 2, false>{at, at, 0});
     if (at + kLanes <= width) {
-        run(RowPack<1, false>{at, 0});
+        run(RowPack<T, 1, false>{at, at, 0});
         at += kLanes;
     }
-    if (at < width) run(RowPack<1, true>{width - kLanes, std::int32_t(kLanes - (width - at))});
+    if (at < width) run(RowPack<T, 1, true>{width - kLanes, at, std::int32_t(kLanes - (width - at))});
+}
+
+inline std::int64_t packed_size(std::int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+// The channel of packed float i of rows of bf16 or float.
+inline std::int64_t channel_at(std::int64_t i, std::int64_t width, bool is_bf16) {
+    const std::int64_t lane = i % (2 * kLanes), pair = i - lane;
+    if (is_bf16 && pair + 2 * kLanes <= width) return pair + lane % kLanes * 2 + lane / kLanes;
+    return i < width / kLanes * kLanes ? i : width - packed_size(width) + i;
 }
 
 #if defined(__clang__)

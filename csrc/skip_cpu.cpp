@@ -44,12 +44,14 @@ FACTORKIT_INLINE void add_tile(const SkipProblem& p, const Tile& tile, const flo
         const float* mask = p.masks + row * p.pixels + tile.begin;
         T* out = to_out + in_row;
         for (int64_t i = 0; i < tile.count; ++i, base += width, skip += width, residual += width, out += width)
-            for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                for (int v = 0; v < pack.kVectors; ++v) {
-                    Lanes x = pack.load(base, v) + mask[i] * pack.load(skip, v) + pack.load(bias, v);
-                    if (HasResidual) x += pack.load(residual, v);
-                    pack.store(x, out, v);
+            for_row_packs<T>(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+                constexpr int V = decltype(pack)::kVectors;
+                Lanes x[V];
+                for (int v = 0; v < V; ++v) {
+                    x[v] = pack.load(base, v) + mask[i] * pack.load(skip, v) + pack.load_packed(bias, v);
+                    if (HasResidual) x[v] += pack.load(residual, v);
                 }
+                pack.store(x, out);
             });
     }
 }
@@ -79,7 +81,7 @@ FACTORKIT_INLINE void add_gradients(const SkipProblem& p, const SkipGradients& d
         const T* skip = static_cast<const T*>(p.skip) + at;
         T* on_skip = static_cast<T*>(d.skip) + at;
         T* on_base = SharedBase ? static_cast<T*>(d.base) + at : nullptr;
-        for_row_packs(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
+        for_row_packs<T>(width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
             constexpr int V = decltype(pack)::kVectors;
             Lanes masked[V] = {}, plain[V] = {};
             for (int64_t k = 0; k < regions; ++k) {
@@ -93,10 +95,8 @@ FACTORKIT_INLINE void add_gradients(const SkipProblem& p, const SkipGradients& d
                 }
                 store_lanes(sum, product);
             }
-            for (int v = 0; v < V; ++v) {
-                pack.store(masked[v], on_skip, v);
-                if (SharedBase) pack.store(plain[v], on_base, v);
-            }
+            pack.store(masked, on_skip);
+            if (SharedBase) pack.store(plain, on_base);
         });
     }
     for (int64_t k = 0; k < p.regions; ++k) {
@@ -139,10 +139,10 @@ FACTORKIT_CLONES void skip_gradients_bf16(const SkipProblem& p, const SkipGradie
 
 void masked_skip_add_forward(const SkipProblem& p, void* out, int threads) {
     const auto run = p.is_bf16 ? skip_add_bf16 : skip_add_float;
-    const Floats zeros(p.bias ? 0 : p.channels);
-    const float* bias = p.bias ? p.bias : zeros.data();
+    Floats bias(packed_size(p.channels));
+    for (int64_t i = 0; p.bias && i < int64_t(bias.size()); ++i) bias[i] = p.bias[channel_at(i, p.channels, p.is_bf16)];
     parallel_for(p.batch * tiles_per_image(p), threads,
-                 [&](int64_t begin, int64_t end) { run(p, bias, out, begin, end); });
+                 [&](int64_t begin, int64_t end) { run(p, bias.data(), out, begin, end); });
 }
 
 void masked_skip_add_backward(const SkipProblem& p, const SkipGradients& d, int threads) {
