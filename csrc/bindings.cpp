@@ -8,6 +8,8 @@
 
 #include "norm.h"
 #include "region.h"
+#include "region_pool.h"
+#include "skip.h"
 #include "system.h"
 
 namespace py = pybind11;
@@ -77,6 +79,19 @@ factorkit::NormProblem norm_problem(const std::array<std::uintptr_t, 7>& in, con
 factorkit::BlendProblem blend_problem(const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes,
                                       const std::array<bool, 2>& flags) {
     return {at<float>(in[0]), at<void>(in[1]), sizes[0], sizes[1], sizes[2], sizes[3], flags[0], flags[1]};
+}
+
+// (base, skip, masks, bias, residual), (batch, regions, channels, pixels), (base_shared, is_bf16)
+factorkit::SkipProblem skip_problem(const std::array<std::uintptr_t, 5>& in, const std::array<std::int64_t, 4>& sizes,
+                                    const std::array<bool, 2>& flags) {
+    return {at<void>(in[0]), at<void>(in[1]), at<float>(in[2]), at<float>(in[3]), at<void>(in[4]), sizes[0],
+            sizes[1],        sizes[2],        sizes[3],         flags[0],         flags[1]};
+}
+
+// (features, masks), (batch, regions, channels, pixels)
+factorkit::PoolProblem pool_problem(const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes,
+                                    bool is_bf16, float floor) {
+    return {at<void>(in[0]), at<float>(in[1]), sizes[0], sizes[1], sizes[2], sizes[3], is_bf16, floor};
 }
 
 // (batch, regions, height, width), and (address, stride_b, stride_k) of each level from the masks on
@@ -158,6 +173,41 @@ build, without a driver and without a device. Raises RuntimeError with the cause
             run_pyramid(factorkit::mask_pyramid_backward, sizes, is_bf16, levels, threads);
         },
         "Gradient of mask_pyramid_forward on the CPU; called by factorkit.ops, see csrc/region.h.");
+
+    m.def(
+        "region_pool_forward",
+        [](const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes, bool is_bf16, float floor,
+           std::uintptr_t tokens, int threads) {
+            py::gil_scoped_release released;
+            factorkit::region_pool_forward(pool_problem(in, sizes, is_bf16, floor), at<float>(tokens), threads);
+        },
+        "Averages of the features over the regions on the CPU; called by factorkit.ops, see csrc/region_pool.h.");
+    m.def(
+        "region_pool_backward",
+        [](const std::array<std::uintptr_t, 2>& in, const std::array<std::int64_t, 4>& sizes, bool is_bf16, float floor,
+           const std::array<std::uintptr_t, 4>& d, int threads) {
+            py::gil_scoped_release released;
+            const factorkit::PoolGradients gradients{at<float>(d[0]), at<float>(d[1]), at<void>(d[2]), at<float>(d[3])};
+            factorkit::region_pool_backward(pool_problem(in, sizes, is_bf16, floor), gradients, threads);
+        },
+        "Gradients of region_pool_forward on the CPU; called by factorkit.ops, see csrc/region_pool.h.");
+    m.def(
+        "masked_skip_add_forward",
+        [](const std::array<std::uintptr_t, 5>& in, const std::array<std::int64_t, 4>& sizes,
+           const std::array<bool, 2>& flags, std::uintptr_t out, int threads) {
+            py::gil_scoped_release released;
+            factorkit::masked_skip_add_forward(skip_problem(in, sizes, flags), at<void>(out), threads);
+        },
+        "base_k + m_k*skip + bias + residual_k on the CPU; called by factorkit.ops, see csrc/skip.h.");
+    m.def(
+        "masked_skip_add_backward",
+        [](const std::array<std::uintptr_t, 5>& in, const std::array<std::int64_t, 4>& sizes,
+           const std::array<bool, 2>& flags, const std::array<std::uintptr_t, 4>& d, int threads) {
+            py::gil_scoped_release released;
+            const factorkit::SkipGradients gradients{at<void>(d[0]), at<void>(d[1]), at<void>(d[2]), at<float>(d[3])};
+            factorkit::masked_skip_add_backward(skip_problem(in, sizes, flags), gradients, threads);
+        },
+        "Gradients of masked_skip_add_forward on the CPU; called by factorkit.ops, see csrc/skip.h.");
 
     bind_encoding(m);
     bind_rendering(m);

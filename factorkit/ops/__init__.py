@@ -27,11 +27,11 @@ IMPLEMENTATIONS = {
     "march_rays": "C++ (cpu), CUDA (cuda)",
     "mask_pyramid": "C++ (cpu), Triton (cuda)",
     "masked_skip_norm_silu": "C++ (cpu), Triton (cuda)",
-    "masked_skip_projection": "PyTorch (cpu), PyTorch and Triton (cuda)",
+    "masked_skip_projection": "PyTorch and C++ (cpu), PyTorch and Triton (cuda)",
     "project_gaussians": "C++ (cpu), CUDA (cuda)",
     "rasterize_gaussians": "C++ (cpu), CUDA (cuda)",
     "region_blend": "C++ (cpu), Triton (cuda)",
-    "region_pool": "PyTorch (cpu), Triton (cuda)",
+    "region_pool": "C++ (cpu), Triton (cuda)",
     "sample_pdf": "C++ (cpu), CUDA (cuda)",
     "spherical_harmonics": "PyTorch (cpu, cuda)",
 }

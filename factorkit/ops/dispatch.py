@@ -27,6 +27,7 @@ from torch import Tensor
 kernels = importlib.import_module("factorkit.kernels")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILED_DEVICES = ("cpu", "cuda")
+CPP_MIN_CHANNELS = 8  # of csrc/rows.h: a whole vector
 
 
 class Op(NamedTuple):

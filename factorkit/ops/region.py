@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    CPP_MIN_CHANNELS,
     EXTENSION,
     dense_format,
     empty_like,
@@ -26,7 +27,7 @@ from factorkit.ops.dispatch import (
 
 POOL_FLOOR = 0.5  # half a pixel: the token of an empty region tends to zero instead of to noise
 LEVELS_PER_CALL = 5  # of the op: as many as a launch of kernels/mask_pyramid.py computes
-CPP_DTYPES = (torch.float32, torch.bfloat16)  # of csrc/region_cpu.cpp
+CPP_DTYPES = (torch.float32, torch.bfloat16)  # of csrc/region_cpu.cpp and csrc/region_pool_cpu.cpp
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
@@ -214,6 +215,39 @@ def _pool_backward_fake(grad: Tensor, features: Tensor, masks: Tensor, tokens: T
     return empty_like(features), _contiguous_like(masks)
 
 
+def _pool_cpp(features: Tensor, masks: Tensor) -> Tensor | None:
+    if not _cpp_pools(features, masks):
+        return None
+    masks, tokens = masks.contiguous(), _pool_fake(features, masks)
+    problem = _pool_problem(features, masks)
+    EXTENSION.region_pool_forward(*problem, tokens.data_ptr(), torch.get_num_threads())
+    return tokens
+
+
+def _pool_backward_cpp(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not _cpp_pools(features, masks):
+        return None
+    masks, grad = masks.contiguous(), grad.contiguous()
+    d_features, d_masks = torch.empty_like(features), torch.empty_like(masks)
+    addresses = [x.data_ptr() for x in (tokens, grad, d_features, d_masks)]
+    EXTENSION.region_pool_backward(*_pool_problem(features, masks), addresses, torch.get_num_threads())
+    return d_features, d_masks
+
+
+def _cpp_pools(features: Tensor, masks: Tensor) -> bool:
+    if masks.dtype != torch.float32 or features.shape[1] < CPP_MIN_CHANNELS:
+        return False
+    if features.shape[:1] + features.shape[2:] != masks.shape[:1] + masks.shape[2:]:
+        return False
+    return dense_format(features) == torch.channels_last and _cpp_takes(features, masks)
+
+
+def _pool_problem(features: Tensor, masks: Tensor) -> tuple:
+    """Return the arguments of csrc/region_pool.h that the tensors are."""
+    sizes = [*masks.shape[:2], features.shape[1], features.shape[2] * features.shape[3]]
+    return [features.data_ptr(), masks.data_ptr()], sizes, features.dtype == torch.bfloat16, POOL_FLOOR
+
+
 def _pool_backward_triton(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     d_features, d_masks = kernels.region_pool.pool_backward(grad, features, masks, tokens, POOL_FLOOR)
     return with_layout_of(d_features, features), d_masks.to(masks.dtype)
@@ -233,10 +267,13 @@ register(
     "region_pool",
     _pool,
     _pool_fake,
+    cpp=_pool_cpp,
     triton=lambda features, masks: kernels.region_pool.pool(features, masks, POOL_FLOOR),
     autograd=(_pool_setup_context, _pool_autograd),
 )
-register("region_pool_backward", _pool_backward, _pool_backward_fake, triton=_pool_backward_triton)
+register(
+    "region_pool_backward", _pool_backward, _pool_backward_fake, cpp=_pool_backward_cpp, triton=_pool_backward_triton
+)
 
 
 # --- blend of the branches ---

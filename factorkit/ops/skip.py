@@ -15,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops.dispatch import empty_like, kernels, reference_gradients, register, select, with_layout_of
+from factorkit.ops.dispatch import (
+    CPP_MIN_CHANNELS,
+    EXTENSION,
+    dense_format,
+    empty_like,
+    has_extension,
+    kernels,
+    reference_gradients,
+    register,
+    select,
+    with_layout_of,
+)
 
 
 def concatenate_masked_skip(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
@@ -57,7 +68,7 @@ def masked_skip_projection(
     """Compute the 1x1 shortcut W [u_k ; m_k * skip] + b = (W_u u_k + b) + m_k * (W_s skip) of every branch.
 
     The mask commutes with the convolution, so that the second product is computed once and not K times. A residual is
-    added in the same pass, and so is the bias then.
+    added in the same pass, and so is the bias then where convolutions do not add theirs.
 
     Args:
         u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
@@ -75,10 +86,16 @@ def masked_skip_projection(
     """
     count_branches(u, masks)
     split = u.shape[1]
-    base = F.conv2d(u, weight[:, :split], bias if residual is None else None)
+    own_bias = bias if residual is not None and bias_is_separate(u) else None
+    base = F.conv2d(u, weight[:, :split], bias if own_bias is None else None)
     masked = F.conv2d(skip, weight[:, split:])
     add = select("masked_skip_add", add_masked_skip, base)
-    return add(base, masked, masks, None if residual is None else bias, residual)
+    return add(base, masked, masks, own_bias, residual)
+
+
+def bias_is_separate(x: Tensor) -> bool:
+    """Return whether a convolution of x adds its bias in a pass of its own, as cuDNN does and oneDNN does not."""
+    return x.device.type != "cpu"
 
 
 def add_masked_skip(
@@ -148,6 +165,60 @@ def masked_skip_gradients(grad: Tensor, skip: Tensor, masks: Tensor | None) -> l
     return [empty_like(skip).copy_(d_skip), d_masks.to(masks.dtype).contiguous()]
 
 
+# C++ (csrc/skip_cpu.cpp): channels_last, fp32 or bf16, at least 8 channels, masks in fp32
+
+
+def _add_cpp(
+    base: Tensor, skip: Tensor, masks: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor | None:
+    if masks is None or not _cpp_takes(base, skip, masks):
+        return None
+    shape = (masks.shape[0] * masks.shape[1], *base.shape[1:])
+    if base.shape[0] not in (masks.shape[0], shape[0]):
+        return None
+    out = torch.empty(shape, dtype=base.dtype, memory_format=torch.channels_last)
+    if residual is not None and (residual.dtype != base.dtype or residual.shape != out.shape):
+        return None
+    if bias is not None and bias.shape != base.shape[1:2]:
+        return None
+    residual = None if residual is None else with_layout_of(residual, out)
+    bias = None if bias is None else bias.float().contiguous()
+    masks = masks.contiguous()
+    problem = _cpp_problem(base, skip, masks, bias, residual)
+    EXTENSION.masked_skip_add_forward(*problem, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _add_backward_cpp(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor) -> list[Tensor] | None:
+    if grad.dtype != skip.dtype or not _cpp_takes(skip if base is None else base, skip, masks):
+        return None
+    gradients = _add_backward_fake(grad, base, skip, masks)
+    grad, masks = with_layout_of(grad, skip), masks.contiguous()
+    addresses = [x.data_ptr() for x in gradients]
+    addresses = [grad.data_ptr(), *([] if len(addresses) == 3 else [0]), *addresses]
+    EXTENSION.masked_skip_add_backward(*_cpp_problem(base, skip, masks), addresses, torch.get_num_threads())
+    return gradients
+
+
+def _cpp_takes(base: Tensor, skip: Tensor, masks: Tensor) -> bool:
+    one_dtype = base.dtype in (torch.float32, torch.bfloat16) and skip.dtype == base.dtype
+    if not one_dtype or masks.dtype != torch.float32 or base.shape[1] < CPP_MIN_CHANNELS or base.numel() == 0:
+        return False
+    if base.shape[1:] != skip.shape[1:] or skip.shape[:1] + skip.shape[2:] != masks.shape[:1] + masks.shape[2:]:
+        return False
+    return dense_format(base) == dense_format(skip) == torch.channels_last and has_extension("cpu")
+
+
+def _cpp_problem(base: Tensor | None, skip: Tensor, masks: Tensor, *rest: Tensor | None) -> tuple:
+    """Return the arguments of csrc/skip.h that the tensors are."""
+    addresses = [0 if x is None else x.data_ptr() for x in (base, skip, masks, *(rest or (None, None)))]
+    sizes = [*masks.shape[:2], skip.shape[1], skip.shape[2] * skip.shape[3]]
+    return addresses, sizes, [base is not None and _is_shared(base, masks), skip.dtype == torch.bfloat16]
+
+
+# gradient and registration
+
+
 def _add_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     base, skip, masks, bias, residual = inputs
     # Of the tensors as large as the output, no gradient needs the values.
@@ -171,5 +242,9 @@ def _add_autograd(ctx: Any, grad: Tensor) -> tuple:
     return own[0] if own else d_base, d_skip, d_masks, *rest
 
 
-register("masked_skip_add", _add, _add_fake, triton=_add_triton, autograd=(_add_setup_context, _add_autograd))
-register("masked_skip_add_backward", _add_backward, _add_backward_fake, triton=_add_backward_triton)
+register(
+    "masked_skip_add", _add, _add_fake, cpp=_add_cpp, triton=_add_triton, autograd=(_add_setup_context, _add_autograd)
+)
+register(
+    "masked_skip_add_backward", _add_backward, _add_backward_fake, cpp=_add_backward_cpp, triton=_add_backward_triton
+)

@@ -24,6 +24,7 @@ from factorkit.nn.unet import (
     group_count,
     sinusoid,
 )
+from factorkit.ops import skip as skip_ops
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,8 @@ def test_res_block_with_biases_added_once_equals_separate_additions(masked, monk
         return out, *torch.autograd.grad(out, list(block.parameters()), upstream)
 
     separate = run()
-    monkeypatch.setattr(unet, "bias_is_separate", lambda x: True)
+    for module in (unet, skip_ops):
+        monkeypatch.setattr(module, "bias_is_separate", lambda x: True)
     torch.testing.assert_close(run(), separate)
 
 
@@ -128,7 +130,8 @@ def test_unet_with_biases_in_norms_and_sums_equals_separate_additions(norm, monk
         return out, *torch.autograd.grad(out, list(parts.parameters()), upstream)
 
     separate = run()
-    monkeypatch.setattr(unet, "bias_is_separate", lambda x: True)
+    for module in (unet, skip_ops):
+        monkeypatch.setattr(module, "bias_is_separate", lambda x: True)
     for block in (m for m in parts.modules() if isinstance(m, ResBlock)):
         monkeypatch.setattr(block.conv1, "forward", None)  # nobody adds its bias
     torch.testing.assert_close(run(), separate)

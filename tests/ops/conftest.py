@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from factorkit.ops import dispatch
 
@@ -12,3 +13,12 @@ def compiled_module():
     assert not dispatch.MISSING_KERNELS.get("cpu"), "factorkit._C is not built"
     yield
     assert not dispatch.MISSING_KERNELS.get("cpu"), "this test left the others without factorkit._C"
+
+
+@pytest.fixture
+def fill_memory_with_nan():
+    """Make torch fill all memory that it allocates with NaN, which stays where nobody writes."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -16,12 +16,7 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def fill_memory_with_nan():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("fill_memory_with_nan")
 
 
 def random(*shape, dtype=FP32, layout="contiguous"):
