@@ -97,16 +97,16 @@ class MovingAverage(AveragedModel):
         self.eval()
 
     @torch.no_grad()
-    def update(self, model: nn.Module, valid: Tensor) -> None:
-        """Update with the weights of ``model`` where ``valid`` (a scalar bool); buffers are always copied."""
+    def update(self, parameters: Iterable[Tensor], buffers: Iterable[Tensor], valid: Tensor) -> None:
+        """Update with a model's parameters where ``valid`` (a scalar bool); buffers are always copied."""
         count = self.n_averaged
         weight = 1 - ((1 + count) / (10 + count)).clamp_max(self.decay)
         weight = torch.where(count == 0, 1.0, weight) * valid
-        averaged, current = local_parts(self.module.parameters()), local_parts(model.parameters())
+        averaged, current = local_parts(self.module.parameters()), local_parts(parameters)
         # not lerp, which takes no weight from the device; at weights 0 and 1 either side is kept exactly
         torch._foreach_mul_(averaged, 1 - weight)
         torch._foreach_add_(averaged, torch._foreach_mul(current, weight))
-        for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
+        for own, other in zip(self.module.buffers(), buffers, strict=True):
             own.copy_(other)
         self.n_averaged += valid
 
@@ -139,6 +139,8 @@ class TrainingStep:
     ):
         self.task, self.model = task, task.model
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
+        # Listed once: to walk through the modules takes a fiftieth of the time of a small step.
+        self.parameters, self.buffers = dict(self.model.named_parameters()), list(self.model.buffers())
         on_gpu = device.type == "cuda"
         measure_convolutions(device)
         indices_on_gpu = on_gpu and (task.capturable or getattr(task, "takes_device_indices", False))
@@ -218,9 +220,9 @@ class TrainingStep:
         self._prepare(step)
 
     def _work(self) -> None:
-        config, buffers = self.config, list(self.model.buffers())
+        config = self.config
         # the forward pass updates running statistics before it is known whether the step is skipped
-        old_buffers = [b.clone() for b in buffers]
+        old_buffers = [b.clone() for b in self.buffers]
         self.causes.fill_(-1)
         for i, (rows, draw) in enumerate(zip(self.micro_batches, self.draws, strict=True)):
             sync = i == len(self.micro_batches) - 1 or not self.synchronised
@@ -231,7 +233,7 @@ class TrainingStep:
                 (result.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
             self.meter.add(result)
             self._record_cause(0, ~result.objective.detach().isfinite(), rows.start)
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         if self.sharded:
             average_unsharded(gradients.values())
         norms = gradient_norms(list(gradients.values()))
@@ -241,17 +243,17 @@ class TrainingStep:
         self.finite.copy_(norm.isfinite() & (self.consecutive_skips < NON_FINITE_LIMIT))
         self.consecutive_skips.copy_(torch.where(self.finite, 0, self.consecutive_skips + 1))
         if config.gradient_clip is not None:
-            for group in group_by_sharding(self.model.parameters()):
+            for group in group_by_sharding(self.parameters.values()):
                 nn.utils.clip_grads_with_norm_(group, config.gradient_clip, norm, foreach=True)
         # fused Adam skips its update where found_inf is set
         self.optimizer.found_inf = (~self.finite).float()  # type: ignore[attr-defined]  # read by torch, not declared
         self.optimizer.step()
         # under DDP gradients are views of the communication buffers and stay in place
         self.optimizer.zero_grad(set_to_none=self.sharded or not self.synchronised)
-        for buffer, old in zip(buffers, old_buffers, strict=True):
+        for buffer, old in zip(self.buffers, old_buffers, strict=True):
             buffer.copy_(torch.where(self.finite, buffer, old))
         for average in self.averages:
-            average.update(self.model, self.finite)
+            average.update(self.parameters.values(), self.buffers, self.finite)
 
     def _record_cause(self, kind: int, non_finite: Tensor, offset: int) -> None:
         """Record the first index of ``non_finite``, plus ``offset``, unless one was recorded before."""

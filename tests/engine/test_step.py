@@ -117,9 +117,9 @@ def test_moving_average_masked_update_changes_nothing():
     average = MovingAverage(model, 0.9, CPU)
     with torch.no_grad():
         model.weight.fill_(5.0)
-    average.update(model, torch.tensor(False))
+    average.update(model.parameters(), model.buffers(), torch.tensor(False))
     assert average.n_averaged == 0 and (average.module.weight == 1).all()
-    average.update(model, torch.tensor(True))
+    average.update(model.parameters(), model.buffers(), torch.tensor(True))
     assert average.n_averaged == 1 and (average.module.weight == 5).all()
 
 
