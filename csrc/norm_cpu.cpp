@@ -16,18 +16,6 @@ using Floats = std::vector<float>;
 
 constexpr int64_t kTile = 64;  // pixels whose values stay in the first-level cache from one loop to the next
 
-// Calls run(scaled, weighted) with constants for the two decisions, so that a loop in it decides nothing. A vector that
-// is not whole, which is rare, is always scaled and weighted, by ones if need be.
-template <class Pack, class Run>
-FACTORKIT_INLINE void with_factors(Pack, bool scaled, bool weighted, const Run& run) {
-    if (weighted || !Pack::kWhole)
-        run(std::true_type{}, std::true_type{});
-    else if (scaled)
-        run(std::true_type{}, std::false_type{});
-    else
-        run(std::false_type{}, std::false_type{});
-}
-
 // u_k or m_k * skip, the two halves of the concatenation.
 template <class T>
 struct Half {
@@ -287,8 +275,7 @@ struct ImageGradients {
                 const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
                 const W offset = pack.load(row.offset.data() + half.at);
                 W plain = pack.load(summed + half.at), times = pack.load(moment + half.at);
-                const bool pixel = p.kind == NormKind::pixel;
-                with_factors(pack, row.is_scaled(h), pixel, [&](const auto scaled, const auto pixel)
+                with_factors(pack, row.is_scaled(h), p.kind == NormKind::pixel, [&](const auto scaled, const auto pixel)
                                  FACTORKIT_INLINE_LAMBDA {
                     for (int64_t i = 0; i < t.count; ++i) {
                         const W x_i = pack.load(x + i * half.width), z = (scaled ? x_i * t.factor[h][i] : x_i) - mean;
@@ -315,14 +302,10 @@ struct ImageGradients {
         const int64_t shared = row.image * n + t.begin;  // pixel of what branches share
         T* u = static_cast<T*>(d.u) + (p.u_shared ? shared : row.index * n + t.begin) * p.channels_u;
         T* skip = static_cast<T*>(d.skip) + shared * p.channels_skip;
-        if (wide_u.empty())
-            half_to_inputs<false>(t, u, add && p.u_shared, on_share, on_mask);
-        else
-            half_to_inputs<false>(t, wide_u.data() + t.begin * p.channels_u, add, on_share, on_mask);
-        if (wide_skip.empty())
-            half_to_inputs<true>(t, skip, add, on_share, on_mask);
-        else
-            half_to_inputs<true>(t, wide_skip.data() + t.begin * p.channels_skip, add, on_share, on_mask);
+        wide_u.empty() ? half_to_inputs<false>(t, u, add && p.u_shared, on_share, on_mask)
+                       : half_to_inputs<false>(t, &wide_u[t.begin * p.channels_u], add, on_share, on_mask);
+        wide_skip.empty() ? half_to_inputs<true>(t, skip, add, on_share, on_mask)
+                          : half_to_inputs<true>(t, &wide_skip[t.begin * p.channels_skip], add, on_share, on_mask);
         if (!d_share.empty())
             for (int64_t i = 0; i < t.count; ++i) d_share[t.begin + i] = sum_lanes(on_share[i]);
         if (d.masks)
@@ -387,19 +370,19 @@ struct Forward {
     }
 };
 
+template <class T, class V>
+FACTORKIT_INLINE void backward_images(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
+    ImageGradients<T, V> gradients(p, d);
+    for (int64_t image = begin; image < end; ++image) gradients.compute(image);
+}
+
 struct Backward {
     template <class V>
     FACTORKIT_INLINE static void run(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
         if (p.is_bf16)
-            images<bf16, V>(p, d, begin, end);
+            backward_images<bf16, V>(p, d, begin, end);
         else
-            images<float, V>(p, d, begin, end);
-    }
-
-    template <class T, class V>
-    FACTORKIT_INLINE static void images(const NormProblem& p, const NormGradients& d, int64_t begin, int64_t end) {
-        ImageGradients<T, V> gradients(p, d);
-        for (int64_t image = begin; image < end; ++image) gradients.compute(image);
+            backward_images<float, V>(p, d, begin, end);
     }
 };
 

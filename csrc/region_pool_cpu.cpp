@@ -81,8 +81,8 @@ FACTORKIT_INLINE void pool_images(const PoolProblem& p, float* to_tokens, int64_
     }
 }
 
-// One image at a time: the packed `weights` [regions][stride] are the upstream gradients over the areas, by which the features'
-// gradient is sum_k m_k weights_k and that of m_k is weights_k . f - offset_k, offset_k = weights_k . tokens_k.
+// One image at a time: the packed `weights` [regions][stride] are the upstream gradients over the areas, by which the
+// features' gradient is sum_k m_k weights_k and that of m_k is weights_k . f - offset_k, offset_k = weights_k . tokens_k.
 template <class T>
 struct PoolBackward {
     const PoolProblem& p;
@@ -92,7 +92,8 @@ struct PoolBackward {
     Floats products;  // [regions][kLanes][kLanes]: of some pixels weights_k . f before the sum over the last index
 
     PoolBackward(const PoolProblem& p, const PoolGradients& d)
-        : p(p), d(d), stride(packed_size(p.channels)), weights(p.regions * stride), offsets(p.regions), products(p.regions * kLanes * kLanes) {}
+        : p(p), d(d), stride(packed_size(p.channels)), weights(p.regions * stride), offsets(p.regions),
+          products(p.regions * kLanes * kLanes) {}
 
     FACTORKIT_INLINE void run(int64_t image) {
         for (int64_t k = 0; k < p.regions; ++k) {
