@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.training_views import describe_scene
 from factorkit.nn.unet import Norm
-from factorkit.ops.norm_pytorch import NORMS
+from factorkit.ops.norm_pytorch import GROUP_EPS, NORMS
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.rng import BatchDraw, image_order
@@ -112,13 +113,23 @@ def region_op(name: str, config: SegdiffConfig, batch: int, device: torch.device
             lambda u, s, m, w, b: F.silu(normalise(norm_of(2 * c, kind, w, b), torch.cat([u, masked(s, m)], 1), m)),
         )
     if op == "group_norm_silu":
-        groups = Norm(c, config.norm_groups).groups
+        groups, x = Norm(c, config.norm_groups).groups, features(rows, c)
+        planes = x.detach().contiguous()  # the peer's layout: its conversion is not timed
+
+        def two_passes(_: Tensor, *affine: Tensor) -> Tensor:
+            if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ModuleNotFoundError("two-pass is a Triton kernel, which runs on CUDA only")
+            from benchmarks.two_pass_norm import two_pass_group_norm_silu
+
+            return two_pass_group_norm_silu(planes, *affine, groups, GROUP_EPS)
+
         return OpCase(
-            [features(rows, c), *vectors(c), *vectors(c, rows)],
+            [x, *vectors(c), *vectors(c, rows)],
             lambda x, w, b, scale, shift: ops.group_norm_silu(x, w, b, scale, shift, groups=groups),
             lambda x, w, b, scale, shift: F.silu(
                 normalise(norm_of(c, "group", w, b), x, None) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
             ),
+            {"two-pass": two_passes},
         )
     if op == "masked_skip_projection":
         weight = torch.randn(c, 2 * c, 1, 1, device=device).to(dtype) / c**0.5

@@ -6,8 +6,10 @@ import pytest
 import torch
 from kernel_compare import compare, rand, soft_masks
 
+from benchmarks.two_pass_norm import two_pass_group_norm_silu
 from factorkit import ops
 from factorkit.ops import reference
+from factorkit.ops.norm_pytorch import EPS
 
 NORMS = ("group", "masked_group", "pixel")
 #: batch, regions, channels of u and of the skip, height, width, groups (which straddle the two)
@@ -174,3 +176,11 @@ def test_bf16_statistics_are_computed_in_fp32(mean):
     x = (mean + 16 * torch.randn(1, 4, 64, 32)).bfloat16()
     got = ops.group_norm_silu(x, torch.ones(4), torch.zeros(4), groups=1, activate=False).float()
     assert abs(got.mean().item()) < 0.02 and abs(got.std().item() - 1) < 0.02
+
+
+@pytest.mark.usefixtures("fill_memory_with_nan")
+def test_two_pass_peer_of_the_benchmarks_matches_reference():
+    x, weight, bias = rand(2, 6, 33, 40) + 3, rand(6), rand(6)  # planes of more than one block
+    scale, shift = rand(2, 6), rand(2, 6)
+    wanted = reference.norm_silu(x, None, None, weight, bias, scale, shift, None, 3, "group")
+    torch.testing.assert_close(two_pass_group_norm_silu(x, weight, bias, scale, shift, 3, EPS["group"]), wanted)
