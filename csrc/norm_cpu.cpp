@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -15,13 +14,11 @@ using std::int64_t;
 using Floats = std::vector<float>;
 
 constexpr int64_t kTile = 64;  // pixels whose values stay in the first-level cache from one loop to the next
-
 // u_k or m_k * skip, the two halves of the concatenation.
 template <class T>
 struct Half {
     const T* x;          // [pixels][width]
     int64_t width, at;   // channels, and where they begin in the concatenation
-    bool is_skip;
 };
 
 // Some pixels of a row, and by pixel: what multiplies each half's values, of it what comes from the pixel norm (1/rms,
@@ -52,8 +49,8 @@ struct Row {
         index = row;
         image = row / p.regions;
         mask = p.masks ? p.masks + row * n : nullptr;
-        halves[0] = {static_cast<const T*>(p.u) + (p.u_shared ? image : row) * n * p.channels_u, p.channels_u, 0, false};
-        halves[1] = {static_cast<const T*>(p.skip) + image * n * p.channels_skip, p.channels_skip, p.channels_u, true};
+        halves[0] = {static_cast<const T*>(p.u) + (p.u_shared ? image : row) * n * p.channels_u, p.channels_u, 0};
+        halves[1] = {static_cast<const T*>(p.skip) + image * n * p.channels_skip, p.channels_skip, p.channels_u};
         const int64_t plane = p.batch * p.regions * p.groups, at = row * p.groups;
         if (p.kind != NormKind::pixel && !stored) {
             compute_moments();
@@ -116,9 +113,8 @@ struct Row {
         }
     }
 
-    // Mean and 1/std (until pool_moments the sum of squares about the mean) by channel, and `mass`. Sums are of
-    // differences to a value near the mean, the mean so far, and tiles are joined as Chan et al. (1979) do: no
-    // cancellation of E[x^2] - E[x]^2.
+    // Mean and 1/std (until pool_moments the sum of squares about the mean) by channel, and `mass`. Nothing cancels: sums
+    // are of differences to a value near the mean, and tiles are joined as Chan et al. (1979) do.
     FACTORKIT_INLINE void compute_moments() {
         std::fill(mean.begin(), mean.end(), 0.0f);
         std::fill(rstd.begin(), rstd.end(), 0.0f);
@@ -130,20 +126,27 @@ struct Row {
             for (int h = 0; h < 2; ++h)
                 for_packs<V>(halves[h].width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
                     const bool weighted = p.kind == NormKind::masked_group;
-                    with_factors(pack, is_scaled(h), weighted, [&](const auto scaled, const auto weighted)
-                                     FACTORKIT_INLINE_LAMBDA { join_moments(pack, t, h, weight, scaled, weighted); });
+                    with_factors(pack, is_scaled(h), weighted, [&](auto... constants) FACTORKIT_INLINE_LAMBDA {
+                        join_moments(pack, t, h, weight, constants...);
+                    });
                 });
             mass += weight;
         }
     }
 
-    template <class Pack, class Scaled, class Weighted>
-    FACTORKIT_INLINE void join_moments(Pack pack, const Tile& t, int h, float weight, Scaled scaled, Weighted weighted) {
-        using W = typename Pack::Vector;
+    template <class P, class Scaled, class Weighted>
+    FACTORKIT_INLINE void join_moments(P pack, const Tile& t, int h, float weight, Scaled scaled, Weighted weighted) {
+        using W = typename P::Floats;
         const Half<T>& half = halves[h];
         const T* x = half.x + t.begin * half.width;
         float *means = mean.data() + half.at, *squares = rstd.data() + half.at;
-        const W before = pack.load(means), near = t.begin ? before : pack.load(x) * t.factor[h][0];
+        const W before = pack.load(means);
+        W near = t.begin ? before : pack.load(x) * t.factor[h][0];
+        if (weighted) {  // of such a tile the mean itself: the first pixel may be outside the region, and unlike it
+            near = W{};
+            for (int64_t i = 0; i < t.count; ++i) near += pack.load(x + i * half.width) * (t.factor[h][i] * t.weight[i]);
+            near /= weight;
+        }
         constexpr int kPixels = 4;  // at a time, so that no sum waits for the one before
         W first[kPixels] = {}, second[kPixels] = {};
         const auto add = [&](int64_t i, int j) FACTORKIT_INLINE_LAMBDA {
@@ -156,12 +159,11 @@ struct Row {
         for (; i + kPixels <= t.count; i += kPixels)
             for (int j = 0; j < kPixels; ++j) add(i + j, j);
         for (; i < t.count; ++i) add(i, 0);
-        const W sum = (first[0] + first[1]) + (first[2] + first[3]), offset = sum / weight;
-        const W square = (second[0] + second[1]) + (second[2] + second[3]) - offset * sum;
-        const W change = near + offset - before;
-        const float share = weight / (mass + weight), joint = mass * share;
+        const W sum = first[0] + first[1] + (first[2] + first[3]), offset = sum / weight, change = near + offset - before;
+        const W square = second[0] + second[1] + (second[2] + second[3]) - offset * sum;
+        const float share = weight / (mass + weight);
         pack.store(before + change * share, means);
-        pack.store(pack.load(squares) + square + change * change * joint, squares);
+        pack.store(pack.load(squares) + square + change * change * (mass * share), squares);
     }
 
     FACTORKIT_INLINE void pool_moments(float* moments, int64_t plane) const {
@@ -191,7 +193,7 @@ FACTORKIT_INLINE void forward_rows(const NormProblem& p, void* out, float* momen
                 const T* x = half.x + first * half.width;
                 T* y = static_cast<T*>(out) + (r * row.n + first) * channels + half.at;
                 for_packs<V>(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                    using W = typename decltype(pack)::Vector;
+                    using W = typename decltype(pack)::Floats;
                     const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
                     const W offset = pack.load(row.offset.data() + half.at);
                     with_factors(pack, row.is_scaled(h), false, [&](const auto scaled, auto) FACTORKIT_INLINE_LAMBDA {
@@ -271,7 +273,7 @@ struct ImageGradients {
             const T* grad = static_cast<const T*>(d.grad) + (row.index * n + t.begin) * channels + half.at;
             float* to = inner.data() + t.begin * channels + half.at;
             for_packs<V>(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-                using W = typename decltype(pack)::Vector;
+                using W = typename decltype(pack)::Floats;
                 const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
                 const W offset = pack.load(row.offset.data() + half.at);
                 W plain = pack.load(summed + half.at), times = pack.load(moment + half.at);
@@ -319,12 +321,11 @@ struct ImageGradients {
         const float* g = inner.data() + t.begin * channels + half.at;
         const float* mask = IsSkip && row.mask ? row.mask + t.begin : nullptr;
         for_packs<V>(half.width, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {
-            using W = typename decltype(pack)::Vector;
+            using W = typename decltype(pack)::Floats;
             const W mean = pack.load(row.mean.data() + half.at), slope = pack.load(row.slope.data() + half.at);
             const W constant = pack.load(first.data() + half.at), linear = pack.load(second.data() + half.at);
-            const bool weighted = p.kind != NormKind::group;
-            with_factors(pack, row.is_scaled(IsSkip), weighted, [&](const auto scaled, const auto weighted)
-                             FACTORKIT_INLINE_LAMBDA {
+            with_factors(pack, row.is_scaled(IsSkip), p.kind != NormKind::group,
+                         [&](const auto scaled, const auto weighted) FACTORKIT_INLINE_LAMBDA {
                 for (int64_t i = 0; i < t.count; ++i) {
                     const W x_i = pack.load(x + i * half.width);
                     const W z = (scaled ? x_i * t.factor[IsSkip][i] : x_i) - mean, spread = constant + linear * z;
@@ -350,9 +351,8 @@ struct ImageGradients {
         const float* mask = row.mask;
         double along = 0;
         for (int64_t i = 0; i < n; ++i) along += double(d_share[i]) * (mask[i] + p.mask_floor);
-        const float mean = float(along / row.mass);
         float* d_mask = d.masks + row.index * n;
-        for (int64_t i = 0; i < n; ++i) d_mask[i] += d_share[i] - mean;
+        for (int64_t i = 0; i < n; ++i) d_mask[i] += d_share[i] - float(along / row.mass);
     }
 
     FACTORKIT_INLINE static void narrow(const Floats& wide, T* to) {

@@ -16,7 +16,7 @@
 #define FACTORKIT_CLONES
 #endif
 #ifndef FACTORKIT_LANES
-#define FACTORKIT_LANES 8  // of the vectors of the baseline; tests set 16, which AVX-512 has
+#define FACTORKIT_LANES 8  // floats in a vector of run_baseline; tests set 16, as AVX-512 has
 #endif
 #define FACTORKIT_INLINE inline __attribute__((always_inline))
 #define FACTORKIT_INLINE_LAMBDA __attribute__((always_inline))  // a lambda is compiled for the baseline unless inlined
@@ -24,44 +24,22 @@
 
 namespace factorkit {
 
-// exp to about one unit in the last place for |x| < 40; beyond, the value at the end of that range. Not 87, where fp32
-// ends: a compiler that computes both sides of the clamp would then multiply denormals, a hundred times slower.
-FACTORKIT_INLINE float fast_exp(float x) {
-    x = x < -40.0f ? -40.0f : x;
-    x = x > 40.0f ? 40.0f : x;
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // nearest integer: adding 1.5 * 2^23 drops the fraction
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;   // x - n ln 2, with ln 2 in two parts
-    float p = 1.0f / 5040 * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    std::int32_t power = (std::int32_t(n) + 127) << 23;
-    float two_n;
-    std::memcpy(&two_n, &power, 4);
-    return p * two_n;
-}
-
-FACTORKIT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
-
 // N floats and their bits. The compiler splits vectors that are longer than the registers.
 template <int N>
-struct Vector {
+struct VectorTypes {
     typedef float Floats __attribute__((vector_size(4 * N)));  // GCC ignores the attribute in a using declaration
     typedef std::uint32_t Bits __attribute__((vector_size(4 * N)));
     typedef std::int32_t Integers __attribute__((vector_size(4 * N)));
     typedef std::uint16_t Halves __attribute__((vector_size(2 * N)));
 };
 constexpr std::int64_t kLanes = 8;
-using Lanes = Vector<kLanes>::Floats;  // one AVX register
+using Lanes = VectorTypes<kLanes>::Floats;  // one AVX register
 template <class V>
 constexpr std::int64_t kLanesOf = sizeof(V) / sizeof(float);
 template <class V>
-using BitsOf = typename Vector<kLanesOf<V>>::Bits;
+using BitsOf = typename VectorTypes<kLanesOf<V>>::Bits;
 template <class V>
-using HalvesOf = typename Vector<kLanesOf<V>>::Halves;
+using HalvesOf = typename VectorTypes<kLanesOf<V>>::Halves;
 
 template <class To, class From>
 FACTORKIT_INLINE To same_bits(const From& from) {
@@ -81,11 +59,11 @@ template <class V = Lanes>
 FACTORKIT_INLINE V load_lanes(const bf16* from) {
 #ifdef FACTORKIT_LEVELS
     if constexpr (kLanesOf<V> == 16) {  // AVX-512: GCC 12 converts in five instructions
-        struct Halves {
+        struct Sixteen {
             bf16 values[16];
         };
         BitsOf<V> wide;
-        asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Halves*>(from)));
+        asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Sixteen*>(from)));
         return same_bits<V>(wide << 16);
     }
 #endif
@@ -104,7 +82,7 @@ FACTORKIT_INLINE void store_lanes(V x, bf16* to) {  // as store() in half.h
     std::memcpy(to, &bits, sizeof bits);
 }
 
-// exp for |x| <= 40, with Cephes' polynomial of degree 6. The bits of `shifted` end in the integer n, which is added to
+// exp for |x| <= 40 to about one unit in the last place, with Cephes' polynomial of degree 6. The bits of `shifted` end in the integer n, which is added to
 // the exponent: no result is near the ends of the range.
 template <class V>
 FACTORKIT_INLINE V exp_in_range(V x) {
@@ -119,17 +97,18 @@ FACTORKIT_INLINE V exp_in_range(V x) {
     return same_bits<V>(same_bits<BitsOf<V>>(p) + (same_bits<BitsOf<V>>(shifted) << 23));
 }
 
+// The same; beyond 40 the value at the end of that range.
 template <class V>
-FACTORKIT_INLINE V fast_exp(V x) {  // as above
+FACTORKIT_INLINE V fast_exp(V x) {
     x = x < -40.0f ? V{} - 40.0f : x;
     return exp_in_range(x > 40.0f ? V{} + 40.0f : x);
 }
 
-// Of NaN some number, as callers multiply by x: x is clamped as integers, which takes one instruction a bound. Those of
-// negative floats are larger than of positive ones if unsigned, smaller if signed.
+// NaN gives some number: callers multiply by x. The bits of x are clamped as integers, which takes one instruction for
+// each bound. As unsigned integers, negative floats are above the positive ones; as signed integers, they are below.
 template <class V>
 FACTORKIT_INLINE V sigmoid(V x) {
-    using Integers = typename Vector<kLanesOf<V>>::Integers;
+    using Integers = typename VectorTypes<kLanesOf<V>>::Integers;
     const BitsOf<V> bits = same_bits<BitsOf<V>>(x), lowest = same_bits<BitsOf<V>>(V{} - 40.0f);
     const Integers above = same_bits<Integers>(bits < lowest ? bits : lowest);
     const Integers highest = same_bits<Integers>(V{} + 40.0f);
@@ -158,7 +137,7 @@ FACTORKIT_INLINE void add_lanes(V& sum, W x) {
 // A vector of a row of numbers from `at` on, of which only the first `lanes` are there, unless `Whole`.
 template <class V, bool Whole>
 struct Pack {
-    using Vector = V;
+    using Floats = V;
     static constexpr bool kWhole = Whole;
     std::int64_t at, lanes;
 
@@ -209,20 +188,20 @@ FACTORKIT_INLINE void with_factors(Pack, bool scaled, bool weighted, const Run& 
 
 template <class Run, class... Arguments>
 void run_baseline(const Arguments&... arguments) {
-    Run::template run<Vector<FACTORKIT_LANES>::Floats>(arguments...);
+    Run::template run<VectorTypes<FACTORKIT_LANES>::Floats>(arguments...);
 }
 
 #ifdef FACTORKIT_LEVELS
 template <class Run, class... Arguments>
-__attribute__((target("arch=x86-64-v3"))) void run_avx2(const Arguments&... arguments) {
-    Run::template run<Vector<8>::Floats>(arguments...);
+__attribute__((target("avx2,fma,bmi2"))) void run_avx2(const Arguments&... arguments) {
+    Run::template run<VectorTypes<8>::Floats>(arguments...);
 }
 template <class Run, class... Arguments>
-__attribute__((target("arch=x86-64-v4"))) void run_avx512(const Arguments&... arguments) {
-    Run::template run<Vector<16>::Floats>(arguments...);
+__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))) void run_avx512(const Arguments&... arguments) {
+    Run::template run<VectorTypes<16>::Floats>(arguments...);
 }
 
-inline int instruction_level() {
+inline int instruction_level() {  // 1: run_avx2 can run, 2: run_avx512
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return 0;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

@@ -39,7 +39,7 @@ FACTORKIT_INLINE void add_tile(const SkipProblem& p, const Tile& tile, const flo
     for (int64_t k = 0; k < p.regions; ++k) {
         const int64_t row = tile.image * p.regions + k, in_row = (row * p.pixels + tile.begin) * width;
         const T* base = static_cast<const T*>(p.base) + (p.base_shared ? in_image : in_row);
-        const T* residual = HasResidual ? static_cast<const T*>(p.residual) + in_row : nullptr;
+        const T* residual = HasResidual ? static_cast<const T*>(p.residual) + in_row : base;
         const T* skip = static_cast<const T*>(p.skip) + in_image;
         const float* mask = p.masks + row * p.pixels + tile.begin;
         T* out = to_out + in_row;

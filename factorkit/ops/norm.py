@@ -33,6 +33,7 @@ from factorkit.ops.norm_pytorch import (
     MASK_FLOOR,
     NORMS,
     PIXEL_EPS,
+    Affine,
     affine_gradients,
     compute_moments,
     norm_gradients,
@@ -108,9 +109,9 @@ def group_norm_silu(
         [N, C, H, W] in the dtype and layout of x.
 
     Raises:
-        ValueError: an unknown norm, groups that do not divide C, or masks missing or of another shape.
+        ValueError: shapes that do not fit, an unknown norm, groups that do not divide C, or masks missing.
     """
-    _check(x, weight, groups, norm, masks, x.shape[0])
+    _check(x, x.shape[1], (weight, bias, scale, shift), groups, norm, masks, x.shape[0])
     masks = masks if norm == "masked_group" else None
     return _run(x, None, masks, weight, bias, scale, shift, input_bias, groups, norm, activate)
 
@@ -136,7 +137,12 @@ def masked_skip_norm_silu(
     Raises:
         ValueError: shapes that do not fit, an unknown norm, groups that do not divide C_u + C_s.
     """
-    _check(u, weight, groups, norm, masks, count_branches(u, masks))
+    rows, shape = count_branches(u, masks), u.shape[2:]
+    if skip.shape[0] != (rows if masks is None else masks.shape[0]) or skip.shape[2:] != shape:
+        raise ValueError(f"the skip is {tuple(skip.shape)}; it must have u's {tuple(shape)} pixels, one for each image")
+    if masks is not None and masks.shape[2:] != shape:
+        raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(shape)}")
+    _check(u, u.shape[1] + skip.shape[1], (weight, bias, scale, shift), groups, norm, masks, rows)
     return _run(u, skip, masks, weight, bias, scale, shift, None, groups, norm, True)
 
 
@@ -145,10 +151,14 @@ def _run(u: Tensor, *rest: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _check(x: Tensor, weight: Tensor, groups: int, norm: str, masks: Tensor | None, rows: int) -> None:
+def _check(x: Tensor, channels: int, affine: Affine, groups: int, norm: str, masks: Tensor | None, rows: int) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
-    channels = weight.shape[0]
+    weight, bias, scale, shift = (None if v is None else tuple(v.shape) for v in affine)
+    if weight != (channels,) or bias != (channels,):
+        raise ValueError(f"weight {weight} and bias {bias} must have the features' {channels} channels")
+    if (scale, shift) != (None, None) and not scale == shift == (rows, channels):
+        raise ValueError(f"scale {scale} and shift {shift} must be {(rows, channels)}")
     if norm != "pixel" and channels % groups:
         raise ValueError(f"{groups} groups do not divide {channels} channels")
     if norm != "masked_group":

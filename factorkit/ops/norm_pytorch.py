@@ -34,17 +34,19 @@ def compute_moments(values: Tensor, masks: Tensor | None, groups: int, norm: str
     if norm == "pixel":
         return None
     n, c, p = values.shape
-    total = []
-    if masks is None:
-        first, second = values.mean(2), values.square().mean(2)
-    else:
+    total, weights = [], None
+    if masks is not None:
         weights = masks.to(values.dtype).reshape(n, p, 1) + MASK_FLOOR
         total = [weights.sum(1).expand(n, groups)]
         weights = weights / total[0][:, :1, None]
-        first, second = (values @ weights)[:, :, 0], (values.square() @ weights)[:, :, 0]
-    mean = first.reshape(n, groups, c // groups).mean(2)
-    variance = (second.reshape(n, groups, c // groups).mean(2) - mean.square()).clamp_min_(0)
-    return torch.stack([mean, torch.rsqrt(variance + EPS[norm]), *total])
+
+    def average(x: Tensor) -> Tensor:  # over each group
+        by_channel = x.mean(2) if weights is None else (x @ weights)[:, :, 0]
+        return by_channel.reshape(n, groups, c // groups).mean(2)
+
+    mean = average(values)
+    away = values - mean.repeat_interleave(c // groups, dim=1)[:, :, None]  # E[x^2] - E[x]^2 would cancel
+    return torch.stack([mean, torch.rsqrt(average(away.square_()) + EPS[norm]), *total])
 
 
 def normalise(values: Tensor, affine: Affine, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

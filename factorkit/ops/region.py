@@ -225,7 +225,7 @@ def _pool_cpp(features: Tensor, masks: Tensor) -> Tensor | None:
 
 
 def _pool_backward_cpp(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
-    if not _cpp_pools(features, masks):
+    if grad.dtype != torch.float32 or not _cpp_pools(features, masks):
         return None
     masks, grad = masks.contiguous(), grad.contiguous()
     d_features, d_masks = torch.empty_like(features), torch.empty_like(masks)

@@ -190,7 +190,8 @@ def _add_cpp(
 
 
 def _add_backward_cpp(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Tensor) -> list[Tensor] | None:
-    if grad.dtype != skip.dtype or not _cpp_takes(skip if base is None else base, skip, masks):
+    fits = grad.shape == (masks.shape[0] * masks.shape[1], *skip.shape[1:]) and grad.dtype == skip.dtype
+    if not fits or not _cpp_takes(skip if base is None else base, skip, masks):
         return None
     gradients = _add_backward_fake(grad, base, skip, masks)
     grad, masks = with_layout_of(grad, skip), masks.contiguous()

@@ -15,7 +15,7 @@ CXX = shlex.split(os.environ.get("CXX", "c++"))
 
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# Of undefined behaviour, these checks triple the time of the compiler; AddressSanitizer sees the accesses they precede.
+# These checks of undefined behaviour triple the time of the compiler; AddressSanitizer sees what they would.
 SANITIZERS += ["-fno-sanitize=null,pointer-overflow,object-size"]
 FLAGS = ["-std=c++17", "-fopenmp-simd", "-pthread", "-DFACTORKIT_CLONES=", f"-I{CSRC}"]
 FLAGS += ["-DFACTORKIT_LANES=16"]  # of the norm, which then uses vectors of 8 as well

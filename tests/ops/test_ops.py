@@ -185,6 +185,46 @@ def test_pyramid_gradient_when_one_level_is_unused():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["C++", "PyTorch"])
+@pytest.mark.parametrize(
+    ("mean", "first"), [(0.0, 100.0), (1e3, 1e3)], ids=["first pixel unlike the region", "far mean"]
+)
+@pytest.mark.parametrize("norm", ["group", "masked_group"])
+def test_norm_of_values_far_from_zero_is_exact(norm, mean, first, layout):
+    x = torch.randn(2, 16, 12, 12) * 0.1 + mean
+    x[:, :, 0, 0] = first
+    masks = torch.ones(2, 1, 12, 12)
+    masks[:, :, 0, 0] = 0
+    x, affine = x.contiguous(memory_format=layout), (torch.ones(16), torch.zeros(16))
+    found = ops.group_norm_silu(x, *affine, groups=2, norm=norm, masks=masks, activate=False)
+    exact = (v.double() for v in (x, *affine))
+    wanted = ops.reference.norm_silu(*_norm_arguments(*exact, masks.double()), 2, norm, False)
+    assert (found - wanted).abs()[:, :, 1:].max() < 1e-3 * wanted.abs()[:, :, 1:].max()
+
+
+def _norm_arguments(x, weight, bias, masks):
+    return x, None, masks, weight, bias, None, None, None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skip": torch.randn(2, 8, 2, 2)}, r"the skip is \(2, 8, 2, 2\)"),
+        ({"skip": torch.randn(1, 8, 4, 4)}, r"the skip is \(1, 8, 4, 4\)"),
+        ({"masks": torch.ones(2, 2, 3, 3)}, "masks are .3, 3. pixels"),
+        ({"weight": torch.ones(8)}, r"weight \(8,\)"),
+        ({"bias": torch.ones(17)}, r"bias \(17,\)"),
+        ({"scale": torch.ones(4, 16)}, r"scale \(4, 16\) and shift None must be \(4, 16\)"),
+        ({"scale": torch.ones(2, 16), "shift": torch.ones(2, 16)}, r"must be \(4, 16\)"),
+    ],
+)
+def test_masked_skip_norm_with_shapes_that_do_not_fit_is_refused(change, message):
+    inputs = {"u": torch.randn(4, 8, 4, 4), "skip": torch.randn(2, 8, 4, 4), "masks": torch.ones(2, 2, 4, 4)}
+    inputs |= {"weight": torch.ones(16), "bias": torch.ones(16)}
+    with pytest.raises(ValueError, match=message):
+        ops.masked_skip_norm_silu(**{**inputs, **change}, groups=4)
+
+
 def test_region_pool_is_the_area_normalised_mean():
     torch.manual_seed(5)
     features, masks = rand(2, 4, 3, 5), soft_masks(2, 3, 3, 5)

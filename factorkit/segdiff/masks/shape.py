@@ -44,6 +44,9 @@ class ShapeDenoiser(nn.Module):
         mean = rows.mean(0)
         variances, vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean) / len(rows))
         variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
+        # A direction and its negative mean the same, and rounding would choose: take the one along a fixed vector.
+        fixed = torch.arange(1, len(vectors) + 1).to(vectors).sin()
+        vectors = torch.where(fixed @ vectors < 0, -vectors, vectors)
         count = min(COMPONENTS, (len(rows) - 1) // 2)
         self.mean.copy_(mean)
         self.directions.zero_()[:count] = vectors[:, :count].mT.float()

@@ -62,6 +62,17 @@ def test_shape_denoiser_before_fit_is_uniform_and_equal_masks_stay():
     torch.testing.assert_close(ShapeDenoiser(2).fit(same)(same), same, atol=1e-4, rtol=1e-2)
 
 
+def test_shape_denoiser_has_the_same_directions_whatever_signs_the_solver_chooses(monkeypatch):
+    expected, eigh = ShapeDenoiser(2).fit(draw_masks(60)), torch.linalg.eigh
+
+    def negate(matrix):
+        variances, vectors = eigh(matrix)
+        return variances, -vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", negate)
+    torch.testing.assert_close(ShapeDenoiser(2).fit(draw_masks(60)).directions, expected.directions, rtol=0, atol=0)
+
+
 def test_to_coarse_averages_cells():
     masks = torch.rand(1, 2, 32, 64)
     expected = torch.nn.functional.avg_pool2d(masks, (2, 4))
