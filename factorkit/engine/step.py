@@ -139,7 +139,7 @@ class TrainingStep:
     ):
         self.task, self.model = task, task.model
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
-        # Listed once: to walk through the modules takes a fiftieth of the time of a small step.
+        # Listed once: walking through the modules takes time in every step, and the optimiser holds the same tensors.
         self.parameters, self.buffers = dict(self.model.named_parameters()), list(self.model.buffers())
         on_gpu = device.type == "cuda"
         measure_convolutions(device)

@@ -19,6 +19,7 @@ from benchmarks.contenders import REGION_OPS, count_bytes, make_step, make_task,
 from benchmarks.measure import median_seconds, peak_bytes, repeats_of
 from benchmarks.rendering_cases import RENDERING_OPS, import_peer, rendering_op
 from benchmarks.test_ops import DIRECTIONS, IMPLEMENTATIONS, time_op
+from benchmarks.test_training import gradient_error
 from factorkit import ops
 from factorkit.segdiff.config import preset_config
 
@@ -142,3 +143,12 @@ def test_short_functions_are_repeated_on_a_gpu_only():
     assert repeats_of(1e-3, torch.device("cuda")) == 20 and repeats_of(1e-3, CPU) == repeats_of(1, CPU) == 1
     calls = []
     assert median_seconds(lambda: calls.append(1), 3, CPU) >= 0 and len(calls) == 5
+
+
+def test_gradient_error_of_a_model_that_loses_one_gradient_is_1():
+    config = preset_config(None, **TINY, form="thesis", batch_size=2, precision="fp32").resolved()
+    model = make_task(config, CPU).model
+    assert gradient_error(model, config, CPU) < 1e-5
+    bias = next(p for name, p in model.named_parameters() if name.endswith("bias"))
+    bias.register_hook(torch.zeros_like)
+    assert gradient_error(model, config, CPU) == 1.0

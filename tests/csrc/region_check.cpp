@@ -2,19 +2,10 @@
 // access; values must agree with sums in double.
 #include "region.h"
 
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "random_numbers.h"
-
-template <class T>
-void agree(const T& got, double want, const char* what) {
-    if (std::abs(to_float(got) - want) <= (sizeof(T) == 2 ? 1e-2 : 1e-5) * (1 + std::abs(want))) return;
-    std::fprintf(stderr, "%s: %.7g for %.7g\n", what, double(to_float(got)), want);
-    std::exit(1);
-}
 
 template <class T>
 void check_blend(int64_t batch, int64_t regions, int64_t channels, int64_t n, bool last) {
