@@ -64,15 +64,18 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (u, skip, masks, weight, bias, scale, shift), (batch, regions, channels_u, channels_skip, pixels, groups, kind),
-// (u_shared, activate, is_bf16), eps, mask_floor
-factorkit::NormProblem norm_problem(const std::array<std::uintptr_t, 7>& in, const std::array<std::int64_t, 7>& sizes,
-                                    const std::array<bool, 3>& flags, float eps, float mask_floor) {
-    const auto kind = static_cast<factorkit::NormKind>(sizes[6]);
-    return {at<void>(in[0]),  at<void>(in[1]),  at<float>(in[2]), at<float>(in[3]), at<float>(in[4]), at<float>(in[5]),
-            at<float>(in[6]), sizes[0],         sizes[1],         sizes[2],         sizes[3],         sizes[4],
-            sizes[5],         kind,             flags[0],         flags[1],         flags[2],         eps,
-            mask_floor};
+// (u, skip, masks, weight, bias, scale, shift), (modulation_stride, batch, regions, channels_u, channels_skip, pixels,
+// groups, kind), (u_shared, activate, is_bf16, modulation_is_bf16), eps, mask_floor
+using NormAddresses = std::array<std::uintptr_t, 7>;
+using NormSizes = std::array<std::int64_t, 8>;
+using NormFlags = std::array<bool, 4>;
+factorkit::NormProblem norm_problem(const NormAddresses& in, const NormSizes& sizes, const NormFlags& flags, float eps,
+                                    float mask_floor) {
+    const auto kind = static_cast<factorkit::NormKind>(sizes[7]);
+    return {at<void>(in[0]), at<void>(in[1]), at<float>(in[2]), at<float>(in[3]), at<float>(in[4]), at<void>(in[5]),
+            at<void>(in[6]), sizes[0],        sizes[1],         sizes[2],         sizes[3],         sizes[4],
+            sizes[5],        sizes[6],        kind,             flags[0],         flags[1],         flags[2],
+            flags[3],        eps,             mask_floor};
 }
 
 // (logits, branches), (batch, regions, channels, pixels), (channels_last, is_bf16)
@@ -118,13 +121,10 @@ machine code, "compute_90" is PTX, which the driver compiles for any newer GPU).
 Returns a list of dicts: name (str), capability ((major, minor)), memory_bytes (int). Empty without CUDA in the
 build, without a driver and without a device. Raises RuntimeError with the cause if the driver cannot be used.)");
 
-    using Addresses = std::array<std::uintptr_t, 7>;
-    using Sizes = std::array<std::int64_t, 7>;
-    using Flags = std::array<bool, 3>;
     m.def(
         "norm_silu_forward",
-        [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor, std::uintptr_t out,
-           std::uintptr_t moments, int threads) {
+        [](const NormAddresses& in, const NormSizes& sizes, const NormFlags& flags, float eps, float floor,
+           std::uintptr_t out, std::uintptr_t moments, int threads) {
             py::gil_scoped_release released;
             const auto problem = norm_problem(in, sizes, flags, eps, floor);
             factorkit::norm_silu_forward(problem, at<void>(out), at<float>(moments), threads);
@@ -132,11 +132,12 @@ build, without a driver and without a device. Raises RuntimeError with the cause
         "SiLU(norm([u_k ; m_k*skip])*(1+scale)+shift) on the CPU; called by factorkit.ops, see csrc/norm.h.");
     m.def(
         "norm_silu_backward",
-        [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor,
-           const std::array<std::uintptr_t, 7>& d, int threads) {
+        [](const NormAddresses& in, const NormSizes& sizes, const NormFlags& flags, float eps, float floor,
+           const std::array<std::uintptr_t, 9>& d, int threads) {
             py::gil_scoped_release released;
-            factorkit::NormGradients gradients{at<void>(d[0]),  at<float>(d[1]), at<void>(d[2]), at<void>(d[3]),
-                                               at<float>(d[4]), at<float>(d[5]), at<float>(d[6])};
+            factorkit::NormGradients gradients{at<void>(d[0]),  at<float>(d[1]), at<void>(d[2]),
+                                               at<void>(d[3]),  at<float>(d[4]), at<float>(d[5]),
+                                               at<float>(d[6]), at<void>(d[7]),  at<void>(d[8])};
             factorkit::norm_silu_backward(norm_problem(in, sizes, flags, eps, floor), gradients, threads);
         },
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");

@@ -15,13 +15,15 @@ struct NormProblem {
     const float* masks;    // [batch, regions, pixels], null for a plain norm of u and skip
     const float* weight;   // [channels]
     const float* bias;     // [channels]
-    const float* scale;    // [rows, channels], null without modulation
-    const float* shift;    // [rows, channels]
+    const void* scale;     // [rows, channels], null without modulation
+    const void* shift;     // like scale
+    std::int64_t modulation_stride;  // from a row of the scale, and of the shift, to the next
     std::int64_t batch, regions, channels_u, channels_skip, pixels, groups;
     NormKind kind;
     bool u_shared;
     bool activate;         // SiLU
     bool is_bf16;          // of u, skip, the output and the gradients; else float
+    bool modulation_is_bf16;
     float eps;
     float mask_floor;
 };
@@ -33,8 +35,10 @@ struct NormGradients {
     void* u;               // like u
     void* skip;            // like skip
     float* masks;          // like masks, null without
-    float* summed;         // [rows, channels]: sum over pixels of the gradient of the pre-activation
-    float* moment;         // [rows, channels]: the same times the normalised value
+    float* weight;         // [channels]
+    float* bias;           // [channels]
+    void* scale;           // [rows, channels] without gaps, of the modulation's type; null without
+    void* shift;           // like scale
 };
 
 void norm_silu_forward(const NormProblem& problem, void* out, float* moments, int threads);

@@ -103,9 +103,12 @@ class MovingAverage(AveragedModel):
         weight = 1 - ((1 + count) / (10 + count)).clamp_max(self.decay)
         weight = torch.where(count == 0, 1.0, weight) * valid
         averaged, current = local_parts(self.module.parameters()), local_parts(parameters)
-        # not lerp, which takes no weight from the device; at weights 0 and 1 either side is kept exactly
-        torch._foreach_mul_(averaged, 1 - weight)
-        torch._foreach_add_(averaged, torch._foreach_mul(current, weight))
+        # In both forms, weights of 0 and 1 keep either side exactly.
+        if weight.is_cuda:  # a lerp with a weight from the device would be a launch for each tensor
+            torch._foreach_mul_(averaged, 1 - weight)
+            torch._foreach_add_(averaged, torch._foreach_mul(current, weight))
+        else:
+            torch._foreach_lerp_(averaged, current, [weight] * len(averaged))
         for own, other in zip(self.module.buffers(), buffers, strict=True):
             own.copy_(other)
         self.n_averaged += valid

@@ -27,14 +27,19 @@ from torch import Tensor
 kernels = importlib.import_module("factorkit.kernels")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILED_DEVICES = ("cpu", "cuda")
+CPP_DTYPES = (torch.float32, torch.bfloat16)  # of the U-Net's ops in csrc/
 CPP_MIN_CHANNELS = 8  # of csrc/rows.h: a whole vector
 
 
-class Op(NamedTuple):
-    """A registered op and what may replace its default implementation."""
+# Of torch.ops.factorkit. With torch.library.custom_op instead, calls take the host twice as long.
+LIBRARY = torch.library.Library("factorkit", "DEF")
 
-    definition: torch.library.CustomOpDef
+
+class Op(NamedTuple):
+    """A registered op: its default implementation, what replaces it by type of device, and its Triton kernels."""
+
     default: Callable[..., Any]
+    by_device: dict[str, Callable[..., Any]]
     triton: Callable[..., Any] | None
     needs_extension: bool
 
@@ -53,7 +58,7 @@ def register(
     needs_extension: bool = False,
     schema: str | None = None,
 ) -> None:
-    """Register ``factorkit::<name>`` with torch.
+    """Register ``factorkit::<name>`` with torch. Its schema has no defaults and, with ``autograd``, no lists.
 
     Args:
         name: of the op.
@@ -61,34 +66,54 @@ def register(
         fake: allocates the outputs, given the arguments, without computing them.
         cpp: runs on the CPU instead of ``default`` unless it returns None.
         triton: runs on CUDA instead of ``default`` where Triton is installed and takes all tensors.
-        autograd: ``setup_context`` and ``backward`` of ``torch.library.register_autograd``.
+        autograd: ``setup_context`` and ``backward`` as of ``torch.library.register_autograd``.
         needs_extension: ``default`` itself calls factorkit._C, on the CPU and on CUDA.
         schema: the op's signature; from the annotations of ``default`` if None.
     """
-    devices = COMPILED_DEVICES if needs_extension else None
-    definition = torch.library.custom_op(
-        f"factorkit::{name}", default, mutates_args=(), device_types=devices, schema=schema
-    )
-    definition.register_fake(fake)
+    schema = schema or torch.library.infer_schema(default, mutates_args=())
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"factorkit::{name}", fake, lib=LIBRARY)
+    op = OPS[name] = Op(default, {} if cpp is None else {"cpu": cpp}, triton, needs_extension)
+    for device in COMPILED_DEVICES:
+        LIBRARY.impl(name, functools.partial(_run_on, device, op), _dispatch_key(device))
+    if not needs_extension:
+        LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     if autograd is not None:
-        definition.register_autograd(autograd[1], setup_context=autograd[0])
-    if cpp is not None:
-        _register_kernel(definition, "cpu", cpp, default)
-    OPS[name] = Op(definition, default, triton, needs_extension)
-    _register_triton(OPS[name], "cuda")
+        LIBRARY.impl(name, _differentiable(getattr(torch.ops.factorkit, name).default, *autograd), "Autograd")
+    _register_triton(op, "cuda")
 
 
-def _register_kernel(definition: torch.library.CustomOpDef, device: str, fast: Callable, default: Callable) -> None:
-    @definition.register_kernel(device)
-    def _(*args: Any) -> Any:
-        result = fast(*args)
-        return default(*args) if result is None else result
+def _run_on(device: str, op: Op, *args: Any) -> Any:
+    fast = op.by_device.get(device)
+    result = None if fast is None else fast(*args)
+    return op.default(*args) if result is None else result
+
+
+def _dispatch_key(device: str) -> str:
+    return device.upper()
+
+
+def _differentiable(
+    op: torch._ops.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return what runs the op and records its gradient."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    Differentiable.backward = staticmethod(backward)
+    return Differentiable.apply
 
 
 def _register_triton(op: Op, device: str) -> None:
     if op.triton is not None:
         run = op.triton
-        _register_kernel(op.definition, device, lambda *args: run(*args) if triton_takes(args) else None, op.default)
+        op.by_device[device] = lambda *args: run(*args) if triton_takes(args) else None
 
 
 def run_triton_kernels_on(device: str) -> None:

@@ -11,6 +11,7 @@ Shapes are those of :mod:`factorkit.ops.skip`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    CPP_DTYPES,
     EXTENSION,
     dense_format,
     empty_like,
@@ -34,7 +36,6 @@ from factorkit.ops.norm_pytorch import (
     NORMS,
     PIXEL_EPS,
     Affine,
-    affine_gradients,
     compute_moments,
     norm_gradients,
     normalise,
@@ -231,31 +232,50 @@ def _backward_fake(grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor
 
 
 class _Problem:
-    """The tensors of one call, contiguous, and their addresses and sizes as csrc/norm.h takes them."""
+    """The tensors of one call, as csrc/norm.h takes them, and their addresses and sizes."""
 
     def __init__(self, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any):
-        *affine, _, groups, norm, activate = rest
+        weight, bias, scale, shift, _, groups, norm, activate = rest
         self.u, self.skip = (None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (u, skip))
-        self.masks, *self.affine = (None if x is None else x.float().contiguous() for x in (masks, *affine))
-        self.rows = u.shape[0] if masks is None else masks.shape[0] * masks.shape[1]
-        self.channels = affine[0].shape[0]
-        regions = 1 if masks is None else masks.shape[1]
-        channels_skip = 0 if skip is None else skip.shape[1]
-        pixels = u.shape[2] * u.shape[3]
-        sizes = [self.rows // regions, regions, u.shape[1], channels_skip, pixels, groups, NORMS.index(norm)]
+        self.masks = None if masks is None else masks.float().contiguous()
+        self.weight, self.bias = weight.float().contiguous(), bias.float().contiguous()
+        self.scale, self.shift = _modulation(scale, shift)
+        batch, regions = (u.shape[0], 1) if masks is None else masks.shape[:2]
+        self.rows, self.channels = batch * regions, weight.shape[0]
+        modulated = self.scale is not None
+        sizes = [
+            self.scale.stride(0) if modulated else 0,
+            batch,
+            regions,
+            u.shape[1],
+            0 if skip is None else skip.shape[1],
+            u.shape[2] * u.shape[3],
+            groups,
+            NORMS.index(norm),
+        ]
         flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
-        addresses = [_address(x) for x in (self.u, self.skip, self.masks, *self.affine)]
-        self.arguments = (addresses, sizes, flags, EPS[norm], MASK_FLOOR)
+        flags.append(modulated and self.scale.dtype == torch.bfloat16)
+        tensors = (self.u, self.skip, self.masks, self.weight, self.bias, self.scale, self.shift)
+        self.arguments = (_addresses(tensors), sizes, flags, EPS[norm], MASK_FLOOR)
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _modulation(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return them in fp32 or bf16, their rows at one distance: halves of one tensor are."""
+    if scale is None or shift is None:
+        return None, None
+    if scale.dtype == shift.dtype in CPP_DTYPES and scale.stride() == shift.stride() and scale.stride(1) == 1:
+        return scale, shift
+    return scale.float().contiguous(), shift.float().contiguous()
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _cpp_takes(u: Tensor, skip: Tensor | None, input_bias: Tensor | None) -> bool:
     if input_bias is not None:  # oneDNN adds it within the convolution
         return False
-    one_dtype = u.dtype in (torch.float32, torch.bfloat16) and (skip is None or skip.dtype == u.dtype)
+    one_dtype = u.dtype in CPP_DTYPES and (skip is None or skip.dtype == u.dtype)
     return one_dtype and dense_format(u) == torch.channels_last and u.numel() > 0 and has_extension("cpu")
 
 
@@ -277,14 +297,16 @@ def _backward_cpp(
         return None
     problem = _Problem(u, skip, masks, *rest)
     grad = grad.to(u.dtype).contiguous(memory_format=torch.channels_last)
-    d_u, d_skip, d_masks = (
-        None if x is None else torch.empty_like(x) for x in (problem.u, problem.skip, problem.masks)
-    )
-    summed, moment = torch.empty(2, problem.rows, problem.channels).unbind(0)
-    gradients = [_address(x) for x in (grad, moments, d_u, d_skip, d_masks, summed, moment)]
-    EXTENSION.norm_silu_backward(*problem.arguments, gradients, torch.get_num_threads())
-    d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
-    return [x for x in (d_u, d_skip, d_masks, *affine_gradients(summed, moment, rest[:4])) if x is not None]
+    found = [None if x is None else torch.empty_like(x) for x in (problem.u, problem.skip, problem.masks)]
+    found += [torch.empty_like(problem.weight), torch.empty_like(problem.bias)]
+    found += [
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (problem.scale, problem.shift)
+    ]
+    addresses = _addresses((grad, moments, *found))
+    EXTENSION.norm_silu_backward(*problem.arguments, addresses, torch.get_num_threads())
+    inputs = (u, skip, masks, *rest[:4])
+    return [x.to(like.dtype) for x, like in zip(found, inputs, strict=True) if x is not None and like is not None]
 
 
 # --- Triton (kernels/group_norm.py, kernels/pixel_norm.py) ---

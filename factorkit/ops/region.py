@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    CPP_DTYPES,
     CPP_MIN_CHANNELS,
     EXTENSION,
     dense_format,
@@ -27,7 +28,6 @@ from factorkit.ops.dispatch import (
 
 POOL_FLOOR = 0.5  # half a pixel: the token of an empty region tends to zero instead of to noise
 LEVELS_PER_CALL = 5  # of the op: as many as a launch of kernels/mask_pyramid.py computes
-CPP_DTYPES = (torch.float32, torch.bfloat16)  # of csrc/region_cpu.cpp and csrc/region_pool_cpu.cpp
 
 
 def _contiguous_like(x: Tensor) -> Tensor:

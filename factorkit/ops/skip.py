@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
+    CPP_DTYPES,
     CPP_MIN_CHANNELS,
     EXTENSION,
     dense_format,
@@ -85,10 +86,10 @@ def masked_skip_projection(
         ValueError: u has neither B nor B*K rows.
     """
     count_branches(u, masks)
-    split = u.shape[1]
+    weight_u, weight_skip = weight.split([u.shape[1], skip.shape[1]], dim=1)
     own_bias = bias if residual is not None and bias_is_separate(u) else None
-    base = F.conv2d(u, weight[:, :split], bias if own_bias is None else None)
-    masked = F.conv2d(skip, weight[:, split:])
+    base = F.conv2d(u, weight_u, bias if own_bias is None else None)
+    masked = F.conv2d(skip, weight_skip)
     add = select("masked_skip_add", add_masked_skip, base)
     return add(base, masked, masks, own_bias, residual)
 
@@ -202,7 +203,7 @@ def _add_backward_cpp(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Te
 
 
 def _cpp_takes(base: Tensor, skip: Tensor, masks: Tensor) -> bool:
-    one_dtype = base.dtype in (torch.float32, torch.bfloat16) and skip.dtype == base.dtype
+    one_dtype = base.dtype in CPP_DTYPES and skip.dtype == base.dtype
     if not one_dtype or masks.dtype != torch.float32 or base.shape[1] < CPP_MIN_CHANNELS or base.numel() == 0:
         return False
     if base.shape[1:] != skip.shape[1:] or skip.shape[:1] + skip.shape[2:] != masks.shape[:1] + masks.shape[2:]:

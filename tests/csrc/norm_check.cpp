@@ -20,10 +20,11 @@ Doubles widened(const std::vector<T>& values) {
 }
 
 struct Inputs {
-    Doubles u, skip, masks, scale, shift;
+    Doubles u, skip, masks, scale, shift, weight, bias;
 };
 
-Doubles Inputs::*const kDifferentiable[] = {&Inputs::u, &Inputs::skip, &Inputs::masks, &Inputs::scale, &Inputs::shift};
+Doubles Inputs::*const kDifferentiable[] = {&Inputs::u,     &Inputs::skip,   &Inputs::masks, &Inputs::scale,
+                                              &Inputs::shift, &Inputs::weight, &Inputs::bias};
 
 // The output [rows][pixels][channels].
 Doubles reference(const NormProblem& p, const Inputs& in) {
@@ -55,7 +56,7 @@ Doubles reference(const NormProblem& p, const Inputs& in) {
                 for (int64_t c = first; c < last; ++c) {
                     const double normal = (value(i, c) - mean) / std::sqrt(square / total + 1e-3);
                     const double factor = 1 + in.scale[r * channels + c];
-                    const double z = (normal * p.weight[c] + p.bias[c]) * factor + in.shift[r * channels + c];
+                    const double z = (normal * in.weight[c] + in.bias[c]) * factor + in.shift[r * channels + c];
                     out[(r * n + i) * channels + c] = z / (1 + std::exp(-z));
                 }
         }
@@ -70,45 +71,46 @@ void check(NormKind kind, int64_t batch, int64_t regions, int64_t cu, int64_t cs
     const bool with_masks = regions > 1 || kind == NormKind::masked_group, pixel = kind == NormKind::pixel;
     const auto u = random_numbers<T>((shared ? batch : rows) * n * cu, 99, 101), skip = random_numbers<T>(batch * n * cs, -1, 1);
     const auto masks = random_numbers(with_masks ? rows * n : 0, 0, 1), weight = random_numbers(channels, 0, steepness),
-               bias = random_numbers(channels, 0, 1), scale = random_numbers(rows * channels, -1, 1),
-               shift = random_numbers(rows * channels, -1, 1);
+               bias = random_numbers(channels, 0, 1);
+    const auto modulation = random_numbers<T>(rows * 2 * channels, -1, 1);  // scale and shift of a row beside each other
     const NormProblem p{u.data(), cs ? skip.data() : nullptr, with_masks ? masks.data() : nullptr, weight.data(),
-                        bias.data(), scale.data(), shift.data(), batch, regions, cu, cs, n, groups, kind, shared, true,
-                        sizeof(T) == 2, 1e-3f, 1e-3f};
+                        bias.data(), modulation.data(), modulation.data() + channels, 2 * channels, batch, regions, cu, cs,
+                        n, groups, kind, shared, true, sizeof(T) == 2, sizeof(T) == 2, 1e-3f, 1e-3f};
     std::vector<T> out(rows * n * channels);
     Floats moments((pixel ? 0 : kind == NormKind::masked_group ? 3 : 2) * rows * groups);
     norm_silu_forward(p, out.data(), moments.data(), 2);
 
-    const Inputs inputs{widened(u), widened(skip), widened(masks), widened(scale), widened(shift)};
+    Inputs inputs{widened(u), widened(skip), widened(masks), {}, {}, widened(weight), widened(bias)};
+    for (int64_t i = 0; i < rows * 2 * channels; ++i)
+        (i / channels % 2 ? inputs.shift : inputs.scale).push_back(to_float(modulation[i]));
     const Doubles wanted = reference(p, inputs), found = widened(out);
     for (std::size_t i = 0; i < wanted.size(); ++i)
         if (!(std::abs(found[i] - wanted[i]) <= (sizeof(T) == 2 ? 8e-3 : 2e-4) * (steepness + std::abs(wanted[i]))))
             std::fprintf(stderr, "kind %d: %.7g for %.7g\n", int(kind), found[i], wanted[i]), std::exit(1);
 
     const auto grad = random_numbers<T>(out.size(), -1, 1);
-    std::vector<T> d_u(u.size()), d_skip(skip.size());
-    Floats d_masks(masks.size()), summed(rows * channels), moment(rows * channels);
+    std::vector<T> d_u(u.size()), d_skip(skip.size()), d_scale(rows * channels), d_shift(rows * channels);
+    Floats d_masks(masks.size()), d_weight(channels), d_bias(channels);
     norm_silu_backward(p, {grad.data(), moments.data(), d_u.data(), cs ? d_skip.data() : nullptr,
-                           with_masks ? d_masks.data() : nullptr, summed.data(), moment.data()}, 2);
-    Doubles d_scale;
-    for (int64_t i = 0; i < rows * channels; ++i)
-        d_scale.push_back(moment[i] * weight[i % channels] + summed[i] * bias[i % channels]);
-    const Inputs gradients{widened(d_u), widened(d_skip), widened(d_masks), d_scale, widened(summed)};
+                           with_masks ? d_masks.data() : nullptr, d_weight.data(), d_bias.data(), d_scale.data(),
+                           d_shift.data()}, 2);
+    const Inputs gradients{widened(d_u), widened(d_skip), widened(d_masks), widened(d_scale), widened(d_shift),
+                           widened(d_weight), widened(d_bias)};
     // Along one random direction for each input, against the difference quotient.
-    for (int input = 0; input < 5; ++input) {
-        const Doubles &gradient = gradients.*kDifferentiable[input], &values = inputs.*kDifferentiable[input];
+    for (const auto& input : kDifferentiable) {
+        const Doubles &gradient = gradients.*input, &values = inputs.*input;
         const auto direction = random_numbers(values.size(), -1, 1);
         Inputs ahead = inputs, behind = inputs;
         double along = 0, square = 0, quotient = 0;
         for (std::size_t i = 0; i < values.size(); ++i) {
-            (ahead.*kDifferentiable[input])[i] += 1e-5 * direction[i];
-            (behind.*kDifferentiable[input])[i] -= 1e-5 * direction[i];
+            (ahead.*input)[i] += 1e-5 * direction[i];
+            (behind.*input)[i] -= 1e-5 * direction[i];
             along += gradient[i] * direction[i], square += gradient[i] * gradient[i];
         }
         const Doubles after = reference(p, ahead), before = reference(p, behind);
         for (std::size_t i = 0; i < after.size(); ++i) quotient += to_float(grad[i]) * (after[i] - before[i]) / 2e-5;
         if (!(std::abs(along - quotient) <= (sizeof(T) == 2 ? 0.02 : 2e-3) * (1e-2 + std::sqrt(square))))
-            std::fprintf(stderr, "kind %d, input %d: derivative %.7g for %.7g\n", int(kind), input, along, quotient), std::exit(1);
+            std::fprintf(stderr, "kind %d, input %td: derivative %.7g for %.7g\n", int(kind), &input - kDifferentiable, along, quotient), std::exit(1);
     }
 }
 
