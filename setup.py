@@ -78,6 +78,7 @@ class NinjaBuild(build_ext):
         # What lets loops vectorise without -ffast-math: reductions where a pragma says so, no errno, no traps.
         cxx_command += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
         module = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
+        libraries = ["-ldl"] if sys.platform == "linux" else []  # of dlsym, before glibc 2.34
         link_command = [*cxx, *module]
         if nvcc:
             nvcc_command = [nvcc, "-ccbin", cxx[-1], "-std=c++17", "-O3"]
@@ -96,7 +97,7 @@ class NinjaBuild(build_ext):
             plan.rule("cxx", escape(shlex.join(cxx_command)) + compile_one, depfile="$out.d", deps="gcc")
             if nvcc:
                 plan.rule("nvcc", escape(shlex.join(nvcc_command)) + compile_one, depfile="$out.d", deps="gcc")
-            plan.rule("link", escape(shlex.join(link_command)) + " $in -o $out")
+            plan.rule("link", escape(shlex.join(link_command)) + " $in -o $out " + shlex.join(libraries))
             objects = []
             for source in map(Path, ext.sources):
                 if source.suffix == ".cu" and not nvcc:

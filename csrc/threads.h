@@ -9,8 +9,10 @@
 namespace factorkit {
 
 // Runs body(begin, end) over [0, count) in as many contiguous pieces as there are threads; what a piece throws is thrown
-// here. The threads stay for the next call: starting them takes longer than many an op. While another thread of the
-// program has them, the pieces run one after the other. No body may call it in turn.
+// here. The threads are those of the OpenMP runtime that PyTorch has loaded: behind each operation they spin for a while,
+// waiting for the next, and others would have to share their cores with them. Without OpenMP we have threads of our own,
+// which stay for the next call; while another thread of the program has them, the pieces run one after the other.
+// No body may call it in turn.
 void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t, std::int64_t)>& body);
 
 // The same where the work per index varies, as over ragged rays: threads take the next `block` indices when they are

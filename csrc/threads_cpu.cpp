@@ -6,6 +6,7 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -66,16 +67,48 @@ class Crew {
     std::exception_ptr error_;
 };
 
-// Never destroyed, since its threads wait on it to the end of the program. A forked child has none of them: it gets a
-// crew of its own.
+// Never destroyed, since its threads wait on it to the end of the program.
 Crew*& crew() {
-    static Crew* present = [] {
-#if defined(__unix__) || defined(__APPLE__)
-        pthread_atfork(nullptr, nullptr, [] { crew() = new Crew; });
-#endif
-        return new Crew;
-    }();
+    static Crew* present = new Crew;
     return present;
+}
+
+// What runs the function in a number of threads of OpenMP, or null without OpenMP in the program.
+using InThreads = void (*)(void (*)(void*), void*, unsigned, unsigned);
+InThreads& openmp() {
+    static InThreads found = [] {
+#if defined(__unix__) || defined(__APPLE__)
+        // A forked child has neither's threads: it gets a crew of its own, and OpenMP would wait for its threads for ever.
+        pthread_atfork(nullptr, nullptr, [] { crew() = new Crew, openmp() = nullptr; });
+        return reinterpret_cast<InThreads>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+        return InThreads(nullptr);
+#endif
+    }();
+    return found;
+}
+
+void run_in_openmp(int64_t pieces, const Piece& piece) {
+    struct Work {
+        const Piece& piece;
+        const int64_t pieces;
+        std::atomic<int64_t> next;
+        std::mutex mutex;
+        std::exception_ptr error;
+    } work{piece, pieces, {0}, {}, {}};
+    const auto take = [](void* data) {
+        Work& work = *static_cast<Work*>(data);
+        for (int64_t mine = work.next++; mine < work.pieces; mine = work.next++) {
+            try {
+                work.piece(mine);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(work.mutex);
+                if (!work.error) work.error = std::current_exception();
+            }
+        }
+    };
+    openmp()(take, &work, unsigned(pieces), 0);
+    if (work.error) std::rethrow_exception(work.error);
 }
 
 }  // namespace
@@ -87,6 +120,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
         return;
     }
     const Piece piece = [&](int64_t i) { body(count * i / pieces, count * (i + 1) / pieces); };
+    if (openmp()) return run_in_openmp(pieces, piece);
     if (!crew()->run(pieces, piece))
         for (int64_t i = 0; i < pieces; ++i) piece(i);
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -96,20 +97,26 @@ class MovingAverage(AveragedModel):
         self.decay = decay
         self.eval()
 
+    @cached_property
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters and buffers, listed at the first update, when sharding has replaced them if it does."""
+        return list(self.module.parameters()), list(self.module.buffers())
+
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor], buffers: Iterable[Tensor], valid: Tensor) -> None:
         """Update with a model's parameters where ``valid`` (a scalar bool); buffers are always copied."""
         count = self.n_averaged
         weight = 1 - ((1 + count) / (10 + count)).clamp_max(self.decay)
         weight = torch.where(count == 0, 1.0, weight) * valid
-        averaged, current = local_parts(self.module.parameters()), local_parts(parameters)
+        own_parameters, own_buffers = self.tensors
+        averaged, current = local_parts(own_parameters), local_parts(parameters)
         # In both forms, weights of 0 and 1 keep either side exactly.
         if weight.is_cuda:  # a lerp with a weight from the device would be a launch for each tensor
             torch._foreach_mul_(averaged, 1 - weight)
             torch._foreach_add_(averaged, torch._foreach_mul(current, weight))
         else:
             torch._foreach_lerp_(averaged, current, [weight] * len(averaged))
-        for own, other in zip(self.module.buffers(), buffers, strict=True):
+        for own, other in zip(own_buffers, buffers, strict=True):
             own.copy_(other)
         self.n_averaged += valid
 
@@ -171,7 +178,8 @@ class TrainingStep:
     def __call__(self, step: int) -> None:
         """Take the step that follows ``step`` finished ones."""
         self._prepare(step)
-        self.model.train()
+        if not self.model.training:  # walking through the modules takes time
+            self.model.train()
         self.run(self._prepare_task(step))
         self.history[len(self.unreported_steps)].copy_(torch.cat([self.finite[None], self.causes]))
         self.unreported_steps.append(step)

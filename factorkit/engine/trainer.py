@@ -36,6 +36,7 @@ from factorkit.utils.errors import (
     is_out_of_memory,
 )
 from factorkit.utils.files import read_log, timeline
+from factorkit.utils.memory import keep_freed_memory
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 PREVIEW_FAILED = 1000  # reason to stop beside the numbers of signals
@@ -138,13 +139,14 @@ class Trainer:
         take_step = self._training_step(meter)
         warm_up = WARM_UP + 1 if self.device.type == "cuda" else 1
         self.step = max(0, self.last - warm_up - steps)
-        for count in (warm_up, steps):
-            start = time.perf_counter()
-            for _ in range(count):
-                take_step(self.step)
-                self.step += 1
-                take_step.unreported_steps.clear()
-            meter.read()  # waits for the device
+        with keep_freed_memory(self.device):
+            for count in (warm_up, steps):
+                start = time.perf_counter()
+                for _ in range(count):
+                    take_step(self.step)
+                    self.step += 1
+                    take_step.unreported_steps.clear()
+                meter.read()  # waits for the device
         return (time.perf_counter() - start) / steps
 
     def run(self) -> nn.Module:
@@ -166,7 +168,7 @@ class Trainer:
             message = f"step {self.step} of {self.config.steps} on {self.device}"
             self._log_event("resume" if resumed else "start", message=message)
         try:
-            with self._stop_signal.listening():
+            with self._stop_signal.listening(), keep_freed_memory(self.device):
                 self._train()
         except OSError as error:
             raise CheckpointError(

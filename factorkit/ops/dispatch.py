@@ -106,7 +106,7 @@ def _differentiable(
             setup_context(ctx, args, output)
             return output
 
-    Differentiable.backward = staticmethod(backward)
+    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]  # torch's way, with the name taken
     return Differentiable.apply
 
 

@@ -239,12 +239,13 @@ class _Problem:
         self.u, self.skip = (None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (u, skip))
         self.masks = None if masks is None else masks.float().contiguous()
         self.weight, self.bias = weight.float().contiguous(), bias.float().contiguous()
+        self.scale: Tensor | None
+        self.shift: Tensor | None
         self.scale, self.shift = _modulation(scale, shift)
         batch, regions = (u.shape[0], 1) if masks is None else masks.shape[:2]
         self.rows, self.channels = batch * regions, weight.shape[0]
-        modulated = self.scale is not None
         sizes = [
-            self.scale.stride(0) if modulated else 0,
+            0 if self.scale is None else self.scale.stride(0),
             batch,
             regions,
             u.shape[1],
@@ -254,7 +255,7 @@ class _Problem:
             NORMS.index(norm),
         ]
         flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
-        flags.append(modulated and self.scale.dtype == torch.bfloat16)
+        flags.append(self.scale is not None and self.scale.dtype == torch.bfloat16)
         tensors = (self.u, self.skip, self.masks, self.weight, self.bias, self.scale, self.shift)
         self.arguments = (_addresses(tensors), sizes, flags, EPS[norm], MASK_FLOOR)
 

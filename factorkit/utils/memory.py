@@ -1,8 +1,16 @@
-"""Free memory, checked before work that would exhaust it: Linux ends such a process instead of refusing."""
+"""Free memory, checked before work that would exhaust it: Linux ends such a process instead of refusing.
+
+Freed memory, kept by the process for the next step of a training.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +18,13 @@ from factorkit.utils.errors import OutOfMemoryError
 
 CHECKED_BYTES = 1 << 28  # smaller needs are not checked
 MEMINFO = Path("/proc/meminfo")
+
+# Of mallopt in glibc: free bytes at the end of the heap from which they go back to the system (-1: never), and the size
+# from which an allocation is mapped by itself, and so goes back when it is freed.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+KEPT = ((TRIM_THRESHOLD, -1), (MMAP_THRESHOLD, 1 << 30))
+RETURNED = ((TRIM_THRESHOLD, 64 << 20), (MMAP_THRESHOLD, 32 << 20))  # the most that glibc itself rises to
+MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -40,3 +55,24 @@ def require_memory(needed: int, device: torch.device, what: str, advice: str) ->
         raise OutOfMemoryError(
             f"{what} need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free on {device}: {advice}"
         )
+
+
+@contextmanager
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
+    """Let the process keep what it frees during the block; at the end it goes back to the system.
+
+    glibc returns it after every step of a training on a CPU, and the next step waits for pages of zeros. This does
+    nothing on another device, with another C library, or where the environment has settings of malloc.
+    """
+    libc: Any = ctypes.CDLL(None) if device.type == "cpu" and os.name == "posix" else None
+    if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim")) or os.environ.keys() & set(MALLOC_SETTINGS):
+        yield
+        return
+    for parameter, value in KEPT:
+        libc.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in RETURNED:
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)

@@ -5,27 +5,48 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+OPENMP = ["-Wl,--no-as-needed", "-lgomp"]  # in the program, as PyTorch's is in its process
 
 
-@pytest.mark.parametrize("sanitizer", [None, "thread"])
-def test_parallel_for_visits_every_index_once(tmp_path, sanitizer):
+@pytest.mark.parametrize("flags", [[], ["-fsanitize=thread"], OPENMP], ids=["own", "sanitizer", "openmp"])
+def test_parallel_for_visits_every_index_once(tmp_path, flags):
     program = tmp_path / "check"
-    common = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-O1", "-g", "-pthread", f"-I{CSRC}"]
-    if sanitizer:
-        common.append(f"-fsanitize={sanitizer}")
+    command = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-O1", "-g", "-pthread", f"-I{CSRC}"]
+    if flags:
         (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
-        probe = subprocess.run([*common, str(tmp_path / "probe.cpp"), "-o", str(program)], capture_output=True)
+        probe = subprocess.run([*command, str(tmp_path / "probe.cpp"), *flags, "-o", str(program)], capture_output=True)
         if probe.returncode or subprocess.run([str(program)], capture_output=True).returncode:
-            pytest.skip(f"-fsanitize={sanitizer} does not work with this compiler here")
+            pytest.skip(f"{' '.join(flags)} does not work with this compiler here")
     sources = [str(HERE / "threads_check.cpp"), str(CSRC / "threads_cpu.cpp")]
-    built = subprocess.run([*common, *sources, "-o", str(program)], capture_output=True, text=True)
+    built = subprocess.run([*command, *sources, *flags, "-ldl", "-o", str(program)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
-    arguments = ["without fork"] if sanitizer else []
+    arguments = ["without fork"] if flags == ["-fsanitize=thread"] else []
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr[-4000:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
+def test_ops_run_in_the_threads_that_torch_has_started():
+    program = """
+import ctypes, os, torch
+from factorkit import ops
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+(torch.randn(1000, 1000) + 1).exp()
+before = count()
+x = torch.randn(6, 16, 32, 32).to(memory_format=torch.channels_last)
+ops.group_norm_silu(x, torch.ones(16), torch.zeros(16), groups=4)
+print(before, count() - before, int(hasattr(ctypes.CDLL(None), "GOMP_parallel")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, started, has_openmp = map(int, done.stdout.split())
+    if not has_openmp:
+        pytest.skip("this torch has no OpenMP with that interface")
+    assert before >= 3 and started == 0

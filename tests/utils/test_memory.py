@@ -1,6 +1,10 @@
-"""The check that memory suffices."""
+"""The check that memory suffices, and what a training does with freed memory."""
 
 from __future__ import annotations
+
+import ctypes
+import os
+import platform
 
 import pytest
 import torch
@@ -24,3 +28,38 @@ def test_free_memory_without_the_system_file_is_unknown(monkeypatch, tmp_path):
     memory.require_memory(1 << 60, CPU, "They", "use less")
     (tmp_path / "none").write_text("MemTotal: 8 kB\nMemAvailable:       4 kB\n")
     assert memory.free_memory(CPU) == 4096
+
+
+def count_page_faults(size: int = 48 << 20) -> int:
+    """Return the page faults of filling memory that is freed at once."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.skipif(bool(os.environ.keys() & set(memory.MALLOC_SETTINGS)), reason="malloc has settings already")
+def test_freed_memory_is_kept_in_the_block_and_returned_behind_it():
+    with memory.keep_freed_memory(CPU):
+        kept = min(count_page_faults() for _ in range(9))  # not always the same: a new place may fit better
+    returned = count_page_faults()
+    assert kept < 1000 < returned  # of 12288 pages of 4 KiB
+
+
+@pytest.mark.parametrize("case", ["gpu", "settings", "another library"])
+def test_freed_memory_where_malloc_has_no_such_settings_is_left_alone(monkeypatch, case):
+    calls = []
+    functions = (
+        {} if case == "another library" else {"mallopt": lambda *a: calls.append(a), "malloc_trim": calls.append}
+    )
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda name: type("Library", (), {k: staticmethod(f) for k, f in functions.items()})
+    )
+    for name in memory.MALLOC_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    if case == "settings":
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    with memory.keep_freed_memory(torch.device("cuda" if case == "gpu" else "cpu")):
+        pass
+    assert calls == []
