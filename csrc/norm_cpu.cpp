@@ -31,7 +31,7 @@ FACTORKIT_INLINE void forward_rows(const NormProblem& p, void* out, float* momen
                         for (int64_t i = 0; i < t.count; ++i) {
                             const W x_i = pack.load(x + i * half.width);
                             const W z = (scaled ? x_i * t.factor[h][i] : x_i) - mean, pre = z * slope + offset;
-                            pack.store(p.activate ? pre * sigmoid(pre) : pre, y + i * channels);
+                            pack.store(p.activate ? pre * sigmoid<T>(pre) : pre, y + i * channels);
                         }
                     });
                 });
@@ -119,7 +119,7 @@ struct ImageGradients {
                         const W x_i = pack.load(x + i * half.width), z = (scaled ? x_i * t.factor[h][i] : x_i) - mean;
                         W g = pack.load(grad + i * channels);
                         if (p.activate) {
-                            const W pre = z * slope + offset, s = sigmoid(pre);
+                            const W pre = z * slope + offset, s = sigmoid<T>(pre);
                             g *= s * (1.0f + pre * (1.0f - s));
                         }
                         pack.store(g, to + i * channels);
@@ -197,10 +197,10 @@ struct ImageGradients {
 };
 
 struct Forward {
-    template <class V>
+    template <class V, class B>
     FACTORKIT_INLINE static void run(const NormProblem& p, void* out, float* moments, int64_t begin, int64_t end) {
         if (p.is_bf16)
-            forward_rows<bf16, V>(p, out, moments, begin, end);
+            forward_rows<B, V>(p, out, moments, begin, end);
         else
             forward_rows<float, V>(p, out, moments, begin, end);
     }
@@ -214,11 +214,11 @@ FACTORKIT_INLINE void backward_images(const NormProblem& p, const NormGradients&
 }
 
 struct Backward {
-    template <class V>
+    template <class V, class B>
     FACTORKIT_INLINE static void run(const NormProblem& p, const NormGradients& d, const RowSums& sums, int64_t begin,
                                      int64_t end) {
         if (p.is_bf16)
-            backward_images<bf16, V>(p, d, sums, begin, end);
+            backward_images<B, V>(p, d, sums, begin, end);
         else
             backward_images<float, V>(p, d, sums, begin, end);
     }

@@ -82,19 +82,55 @@ FACTORKIT_INLINE void store_lanes(V x, bf16* to) {  // as store() in half.h
     std::memcpy(to, &bits, sizeof bits);
 }
 
-// exp for |x| <= 40 to about one unit in the last place, with Cephes' polynomial of degree 6. The bits of `shifted` end in the integer n, which is added to
-// the exponent: no result is near the ends of the range.
+// bf16 that the processor itself rounds to (AVX512-BF16; subnormals become zero), for run_avx512_bf16.
+struct rounded_bf16 : bf16 {};
 template <class V>
+FACTORKIT_INLINE void store_lanes(V x, rounded_bf16* to) {
+#ifdef FACTORKIT_LEVELS
+    if constexpr (kLanesOf<V> == 16) {
+        HalvesOf<V> bits;
+        asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(x));
+        std::memcpy(to, &bits, sizeof bits);
+        return;
+    }
+#endif
+    store_lanes(x, static_cast<bf16*>(to));
+}
+
+// exp for |x| <= 40: with Cephes' polynomial of degree 6 to about one unit in the last place; to 5e-5 where T has 16 bits.
+// The bits of `shifted` end in the integer n, which is added to the exponent: no result is near the ends of the range.
+template <class T = float, class V>
 FACTORKIT_INLINE V exp_in_range(V x) {
     const V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.0f);
+    V p;
+    if constexpr (sizeof(T) == 2) {
+        const V r = x - n * 0.693147181f;
+        p = (4.1666667e-2f * r + 1.6666667e-1f) * r + 5.0000000e-1f;
+        p = p * (r * r) + (r + 1.0f);
+    } else {
+        const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+        p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        p = p * (r * r) + (r + 1.0f);
+    }
     return same_bits<V>(same_bits<BitsOf<V>>(p) + (same_bits<BitsOf<V>>(shifted) << 23));
+}
+
+// 1 / x of a number within the range of 1 / x: a division takes longer than all else in the sigmoid. To 6e-5 where T has 16 bits.
+template <class T, class V>
+FACTORKIT_INLINE V reciprocal(V x) {
+#ifdef FACTORKIT_LEVELS
+    if constexpr (kLanesOf<V> == 16) {
+        V y;
+        asm("vrcp14ps %1, %0" : "=v"(y) : "v"(x));
+        if constexpr (sizeof(T) == 2) return y;
+        return y + y * (1.0f - x * y);  // Newton's method
+    }
+#endif
+    return 1.0f / x;
 }
 
 // The same; beyond 40 the value at the end of that range.
@@ -106,13 +142,13 @@ FACTORKIT_INLINE V fast_exp(V x) {
 
 // NaN gives some number: callers multiply by x. The bits of x are clamped as integers, which takes one instruction for
 // each bound. As unsigned integers, negative floats are above the positive ones; as signed integers, they are below.
-template <class V>
+template <class T, class V>
 FACTORKIT_INLINE V sigmoid(V x) {
     using Integers = typename VectorTypes<kLanesOf<V>>::Integers;
     const BitsOf<V> bits = same_bits<BitsOf<V>>(x), lowest = same_bits<BitsOf<V>>(V{} - 40.0f);
     const Integers above = same_bits<Integers>(bits < lowest ? bits : lowest);
     const Integers highest = same_bits<Integers>(V{} + 40.0f);
-    return 1.0f / (1.0f + exp_in_range(-same_bits<V>(above < highest ? above : highest)));
+    return reciprocal<T>(1.0f + exp_in_range<T>(-same_bits<V>(above < highest ? above : highest)));
 }
 
 template <class V>
@@ -184,29 +220,33 @@ FACTORKIT_INLINE void with_factors(Pack, bool scaled, bool weighted, const Run& 
 }
 
 // --- vectors as long as the registers of the processor ---
-// Run::run<V>(arguments...) for the V that fits, compiled for that instruction set.
+// Run::run<V, B>(arguments...) for the V that fits and the bf16 that is rounded best, compiled for that instruction set.
 
 template <class Run, class... Arguments>
 void run_baseline(const Arguments&... arguments) {
-    Run::template run<VectorTypes<FACTORKIT_LANES>::Floats>(arguments...);
+    Run::template run<VectorTypes<FACTORKIT_LANES>::Floats, bf16>(arguments...);
 }
 
 #ifdef FACTORKIT_LEVELS
 template <class Run, class... Arguments>
 __attribute__((target("avx2,fma,bmi2"))) void run_avx2(const Arguments&... arguments) {
-    Run::template run<VectorTypes<8>::Floats>(arguments...);
+    Run::template run<VectorTypes<8>::Floats, bf16>(arguments...);
 }
 template <class Run, class... Arguments>
 __attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))) void run_avx512(const Arguments&... arguments) {
-    Run::template run<VectorTypes<16>::Floats>(arguments...);
+    Run::template run<VectorTypes<16>::Floats, bf16>(arguments...);
+}
+template <class Run, class... Arguments>
+__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))) void run_avx512_bf16(const Arguments&... arguments) {
+    Run::template run<VectorTypes<16>::Floats, rounded_bf16>(arguments...);
 }
 
-inline int instruction_level() {  // 1: run_avx2 can run, 2: run_avx512
+inline int instruction_level() {  // 1: run_avx2 can run, 2: run_avx512, 3: run_avx512_bf16
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return 0;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-    return wide ? 2 : 1;
+    return !wide ? 1 : __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 #endif
 
@@ -214,6 +254,7 @@ template <class Run, class... Arguments>
 void run_fastest(const Arguments&... arguments) {
 #ifdef FACTORKIT_LEVELS
     static const int level = instruction_level();
+    if (level == 3) return run_avx512_bf16<Run>(arguments...);
     if (level == 2) return run_avx512<Run>(arguments...);
     if (level == 1) return run_avx2<Run>(arguments...);
 #endif
