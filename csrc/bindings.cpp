@@ -133,11 +133,11 @@ build, without a driver and without a device. Raises RuntimeError with the cause
     m.def(
         "norm_silu_backward",
         [](const NormAddresses& in, const NormSizes& sizes, const NormFlags& flags, float eps, float floor,
-           const std::array<std::uintptr_t, 9>& d, int threads) {
+           const std::array<std::uintptr_t, 11>& d, int threads) {
             py::gil_scoped_release released;
-            factorkit::NormGradients gradients{at<void>(d[0]),  at<float>(d[1]), at<void>(d[2]),
-                                               at<void>(d[3]),  at<float>(d[4]), at<float>(d[5]),
-                                               at<float>(d[6]), at<void>(d[7]),  at<void>(d[8])};
+            factorkit::NormGradients gradients{at<void>(d[0]), at<float>(d[1]), at<void>(d[2]),  at<void>(d[3]),
+                                               at<void>(d[4]), at<void>(d[5]),  at<float>(d[6]), at<float>(d[7]),
+                                               at<float>(d[8]), at<void>(d[9]), at<void>(d[10])};
             factorkit::norm_silu_backward(norm_problem(in, sizes, flags, eps, floor), gradients, threads);
         },
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");

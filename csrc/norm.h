@@ -32,6 +32,8 @@ struct NormProblem {
 struct NormGradients {
     const void* grad;      // [rows, pixels, channels]
     const float* moments;  // of the forward pass
+    const void* other_u;     // like u, added to its gradient: what other uses of u contribute; or null
+    const void* other_skip;  // like skip, the same
     void* u;               // like u
     void* skip;            // like skip
     float* masks;          // like masks, null without

@@ -68,6 +68,8 @@ struct ImageGradients {
     }
 
     FACTORKIT_INLINE void compute(int64_t image) {
+        widen(d.other_u, image * n * p.channels_u, wide_u);
+        widen(d.other_skip, image * n * p.channels_skip, wide_skip);
         for (int64_t k = 0; k < p.regions; ++k) {
             row.read(image * p.regions + k, d.moments, nullptr);
             float *summed = sums.plain + row.index * channels, *moment = sums.times_normal + row.index * channels;
@@ -78,7 +80,7 @@ struct ImageGradients {
                 through_activation(t, summed, moment, along);
                 if (!pixel) continue;
                 for (int64_t i = 0; i < t.count; ++i) t.weight[i] = sum_lanes(along[i]) / channels;
-                to_inputs(t, k > 0);
+                to_inputs(t, k);
             }
             if (pixel) continue;
             for (int64_t c = 0; c < channels; ++c) {
@@ -92,7 +94,7 @@ struct ImageGradients {
                 second[c] *= -row.rstd[c] * row.rstd[c] / row.mass;
                 moment[c] *= row.rstd[c];
             }
-            for (int64_t begin = 0; begin < n; begin += kTile) to_inputs(row.tile(begin), k > 0);
+            for (int64_t begin = 0; begin < n; begin += kTile) to_inputs(row.tile(begin), k);
             if (p.kind == NormKind::masked_group) through_weights();
         }
         narrow(wide_u, static_cast<T*>(d.u) + image * n * p.channels_u);
@@ -134,24 +136,33 @@ struct ImageGradients {
         }
     }
 
-    // From `inner` to u, the skip and the mask; `add` to what earlier branches left.
-    FACTORKIT_INLINE void to_inputs(const Tile& t, bool add) {
+    // From `inner` of branch k to u, the skip and the mask.
+    FACTORKIT_INLINE void to_inputs(const Tile& t, int64_t k) {
         V on_share[kTile] = {}, on_mask[kTile] = {};
         const int64_t shared = row.image * n + t.begin;  // pixel of what branches share
-        T* u = static_cast<T*>(d.u) + (p.u_shared ? shared : row.index * n + t.begin) * p.channels_u;
-        T* skip = static_cast<T*>(d.skip) + shared * p.channels_skip;
-        wide_u.empty() ? half_to_inputs<false>(t, u, add && p.u_shared, on_share, on_mask)
-                       : half_to_inputs<false>(t, &wide_u[t.begin * p.channels_u], add, on_share, on_mask);
-        wide_skip.empty() ? half_to_inputs<true>(t, skip, add, on_share, on_mask)
-                          : half_to_inputs<true>(t, &wide_skip[t.begin * p.channels_skip], add, on_share, on_mask);
+        const int64_t at_u = (p.u_shared ? shared : row.index * n + t.begin) * p.channels_u, at_skip = shared * p.channels_skip;
+        half_to_inputs<false>(t, d.u, d.other_u, at_u, wide_u, p.u_shared && k > 0, on_share, on_mask);
+        half_to_inputs<true>(t, d.skip, d.other_skip, at_skip, wide_skip, k > 0, on_share, on_mask);
         if (!d_share.empty())
             for (int64_t i = 0; i < t.count; ++i) d_share[t.begin + i] = sum_lanes(on_share[i]);
         if (d.masks)
             for (int64_t i = 0; i < t.count; ++i) d.masks[row.index * n + t.begin + i] = sum_lanes(on_mask[i]);
     }
 
+    // To the gradient from element `at` on, or to the sums over branches; added to what an earlier branch left there, if
+    // one did, or to the gradient of other uses.
+    template <bool IsSkip>
+    FACTORKIT_INLINE void half_to_inputs(const Tile& t, void* gradient, const void* other, int64_t at, Floats& wide,
+                                         bool later, V* on_share, V* on_mask) {
+        T* to = static_cast<T*>(gradient) + at;
+        const T* before = later ? to : other ? static_cast<const T*>(other) + at : nullptr;
+        float* sums = wide.data() + t.begin * row.halves[IsSkip].width;
+        wide.empty() ? half_to<IsSkip>(t, to, before, on_share, on_mask)
+                     : half_to<IsSkip>(t, sums, later || other ? sums : nullptr, on_share, on_mask);
+    }
+
     template <bool IsSkip, class To>
-    FACTORKIT_INLINE void half_to_inputs(const Tile& t, To* to, bool add, V* on_share, V* on_mask) {
+    FACTORKIT_INLINE void half_to(const Tile& t, To* to, const To* before, V* on_share, V* on_mask) {
         const Half<T>& half = row.halves[IsSkip];
         const T* x = half.x + t.begin * half.width;
         const float* g = inner.data() + t.begin * channels + half.at;
@@ -176,7 +187,7 @@ struct ImageGradients {
                         add_lanes(on_mask[i], x_i * dx);
                         dx *= mask[i];
                     }
-                    pack.store(add ? dx + pack.load(to + i * half.width) : dx, to + i * half.width);
+                    pack.store(before ? dx + pack.load(before + i * half.width) : dx, to + i * half.width);
                 }
             });
         });
@@ -189,6 +200,11 @@ struct ImageGradients {
         for (int64_t i = 0; i < n; ++i) along += double(d_share[i]) * (mask[i] + p.mask_floor);
         float* d_mask = d.masks + row.index * n;
         for (int64_t i = 0; i < n; ++i) d_mask[i] += d_share[i] - float(along / row.mass);
+    }
+
+    FACTORKIT_INLINE static void widen(const void* from, int64_t at, Floats& wide) {
+        if (!from) return;
+        for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(static_cast<const T*>(from)[at + int64_t(i)]);
     }
 
     FACTORKIT_INLINE static void narrow(const Floats& wide, T* to) {

@@ -224,6 +224,8 @@ def branch_gradients_kernel(
     on_value,
     on_square,
     mask_terms,
+    other_u,  # added to d_u: the gradient of u from elsewhere, or None
+    other_skip,
     d_u,
     d_skip,
     d_masks,
@@ -264,6 +266,8 @@ def branch_gradients_kernel(
             column = c < channels_u
             inside = here[:, None] & column[None, :]
             total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            if SHARED and other_u is not None:
+                total = load(other_u + (image * pixels + p)[:, None] * channels_u + c[None, :], inside)
             for k in range(K):
                 row = image * K + k
                 z = total
@@ -280,6 +284,8 @@ def branch_gradients_kernel(
                 if SHARED:
                     total += d
                 else:
+                    if other_u is not None:
+                        d += load(other_u + (row * pixels + p)[:, None] * channels_u + c[None, :], inside)
                     tl.store(d_u + (row * pixels + p)[:, None] * channels_u + c[None, :], d, mask=inside)
                 if WEIGHTED:
                     on_masks += tl.where(branch == k, on_weight[:, None], 0.0)
@@ -293,6 +299,8 @@ def branch_gradients_kernel(
             inside = here[:, None] & column[None, :]
             s = load(skip + (image * pixels + p)[:, None] * channels_s + c[None, :], inside)
             total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            if other_skip is not None:
+                total = load(other_skip + (image * pixels + p)[:, None] * channels_s + c[None, :], inside)
             for k in range(K):
                 row = image * K + k
                 z = s
@@ -333,10 +341,12 @@ def feature_gradients(
     at_skip: int,
     with_u: bool = True,
     floor: float = 0.0,
+    others: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute d_u, d_skip and d_masks (fp32) of the norm, or of the bare concatenation if ``stats`` is None.
 
-    ``grad`` is [B*K, C, H, W]; ``at_skip`` is its channel at which the skip's half begins.
+    ``grad`` is [B*K, C, H, W]; ``at_skip`` is its channel at which the skip's half begins; ``others`` are gradients of
+    u and of the skip from elsewhere, which are added.
     """
     weighted = stats is not None and stats.mass is not None
     grad, *strides = pixel_strides(grad)
@@ -357,7 +367,7 @@ def feature_gradients(
     launch(
         branch_gradients_kernel,
         x.batch * blocks_p * parts,
-        *(grad, *tensors, d_u, d_skip, d_masks, *sizes),
+        *(grad, *tensors, *(None if x is None else channels_last(x) for x in others), d_u, d_skip, d_masks, *sizes),
         **{"K": x.regions, **padded, "SHARED": x.shared, "ACTIVATE": activate, "WEIGHTED": weighted},
         **{"BLOCK_P": block_p, "BLOCK_C": block_c},
         warps=4,

@@ -4,11 +4,9 @@
     y = SiLU(slope * z + offset), slope = weight (1 + scale) rstd, offset = bias (1 + scale) + shift - mean * slope
 
 The bias of the convolution that made u is added wherever u is loaded; its gradient comes from the backward's sums.
-
 A norm without a skip is the case C_s = 0; a plain U-Net's skip is the case without masks (K = 1). Four steps forward
 (partial sums of u, of the skip, their finalisation, one elementwise pass), and four more backward. Sums and gradients
-of the concatenation are in :mod:`factorkit.kernels.branches`, those of the affine part in
-:mod:`factorkit.kernels.affine`.
+of the concatenation are in :mod:`factorkit.kernels.branches`, of the affine part in :mod:`factorkit.kernels.affine`.
 """
 
 from __future__ import annotations
@@ -373,11 +371,12 @@ def norm_backward(
     activate: bool,
     eps: float,
     floor: float,
+    others: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of :func:`norm_forward` for u, skip, masks (fp32), those of ``affine`` and input_bias.
 
-    ``grad`` is [B*K, C, H, W] with any strides, ``moments`` is what :func:`norm_forward` returned; the other arguments
-    are those of :func:`norm_forward`. The gradient of an argument that is None is None.
+    ``grad`` is [B*K, C, H, W], ``moments`` are those of :func:`norm_forward`, as are the other arguments; ``others``
+    are gradients of u and the skip from elsewhere, to be added. The gradient of None is None.
     """
     x = Branches(u, skip, masks, input_bias)
     affine = tuple(contiguous(v) for v in affine)
@@ -385,8 +384,8 @@ def norm_backward(
     stats = statistics(x, affine, groups, weighted, eps, floor, moments)
     grad, *strides = pixel_strides(grad)
     block_p, block_c = x.tile(1024)
-    blocks_u = tiles.ceil_div(x.channels_u, block_c)
-    blocks_c = blocks_u + tiles.ceil_div(x.channels_s, block_c)
+    blocks_u, blocks_s = tiles.ceil_div(x.channels_u, block_c), tiles.ceil_div(x.channels_s, block_c)
+    blocks_c = blocks_u + blocks_s
     chunk = tiles.pixels_per_program(x.pixels, block_p, x.rows * blocks_c)
     chunks = tiles.ceil_div(x.pixels, chunk)
     partial = scratch(x.rows, chunks, 2 if input_bias is None else 3, x.channels, like=u)
@@ -396,5 +395,5 @@ def norm_backward(
     constants = {"SHARED": x.shared, "ACTIVATE": activate, "BLOCK_P": block_p, "BLOCK_C": block_c}
     launch(sums_kernel, x.rows * blocks_c * chunks, *tensors, *sizes, **constants, warps=4)
     sums = gradient_sums(partial, x.pixels, affine, input_bias, groups, eps, stats)
-    found = feature_gradients(grad, x, stats, sums, activate=activate, at_skip=x.channels_u, floor=floor)
-    return *found, *sums.affine
+    settings = {"activate": activate, "at_skip": x.channels_u, "floor": floor, "others": others}
+    return *feature_gradients(grad, x, stats, sums, **settings), *sums.affine

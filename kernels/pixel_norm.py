@@ -12,6 +12,7 @@ from factorkit.kernels import tiles
 from factorkit.kernels.affine import Affine, gradient_sums, modulation
 from factorkit.kernels.branches import Branches
 from factorkit.kernels.tiles import (
+    channels_last,
     contiguous,
     empty_features,
     kernel,
@@ -175,6 +176,8 @@ def pixel_backward_kernel(
     scale,
     shift,
     input_bias,
+    other_u,  # added to d_u: the gradient of u from elsewhere, or None
+    other_skip,
     d_u,
     d_skip,
     d_masks,
@@ -217,10 +220,14 @@ def pixel_backward_kernel(
             s = load(skip + (image * pixels + p)[:, None] * channels_s + c_s[None, :], in_s)
             square_s = tl.sum(s * s, 1)
             total_s = tl.zeros([BLOCK_P, BLOCK_S], tl.float32)
+            if other_skip is not None:
+                total_s = load(other_skip + (image * pixels + p)[:, None] * channels_s + c_s[None, :], in_s)
         if SHARED:
             value = load(u + (image * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
             square_u = tl.sum(value * value, 1)
             total_u = tl.zeros([BLOCK_P, BLOCK_U], tl.float32)
+            if other_u is not None:
+                total_u = load(other_u + (image * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
         for k in range(K):
             row = image * K + k
             if not SHARED:
@@ -281,7 +288,10 @@ def pixel_backward_kernel(
             if SHARED:
                 total_u += dz
             else:
-                tl.store(d_u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], dz, mask=in_u)
+                to_u = dz
+                if other_u is not None:
+                    to_u = dz + load(other_u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
+                tl.store(d_u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], to_u, mask=in_u)
             if skip is not None:
                 dz = rstd[:, None] * (ds - normal_s * along[:, None])
                 total_s += dz * m[:, None]
@@ -326,6 +336,7 @@ def pixel_backward(
     input_bias: Tensor | None,
     activate: bool,
     eps: float,
+    others: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of :func:`pixel_forward`, as :func:`factorkit.kernels.group_norm.norm_backward` does."""
     x = Branches(u, skip, masks, input_bias)
@@ -340,7 +351,8 @@ def pixel_backward(
     chunk = tiles.pixels_per_program(x.pixels, block_p, x.batch) if x.regions == 1 else block_p
     chunks = tiles.ceil_div(x.pixels, chunk)
     partial = scratch(x.rows, chunks, 2 if input_bias is None else 3, x.channels, like=u)
-    tensors = (grad, x.u, x.skip, x.skip_masks, *affine, x.input_bias, d_u, d_skip, d_masks, partial)
+    others = tuple(None if x is None else channels_last(x) for x in others)
+    tensors = (grad, x.u, x.skip, x.skip_masks, *affine, x.input_bias, *others, d_u, d_skip, d_masks, partial)
     sizes = (x.pixels, x.channels_u, x.channels_s, *strides, chunk, chunks, eps)
     constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate}
     blocks = {"BLOCK_P": block_p, "BLOCK_U": block_u, "BLOCK_S": block_s}

@@ -102,9 +102,21 @@ class Norm(nn.Module):
             input_bias=input_bias,
         )
 
-    def forward_skip(self, u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-        """Compute SiLU(norm([u_k ; m_k * skip])) without the concatenation."""
-        return ops.masked_skip_norm_silu(u, skip, masks, self.weight, self.bias, groups=self.groups, norm=self.kind)
+    def with_inputs(
+        self,
+        u: Tensor,
+        skip: Tensor | None = None,
+        masks: Tensor | None = None,
+        *modulation: Tensor,
+        activate: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute the same of u, or of [u_k ; m_k * skip], and return u and the skip for what else reads them.
+
+        See :func:`factorkit.ops.norm_silu_with_inputs`; ``modulation`` is scale and shift, or nothing.
+        """
+        affine = (self.weight, self.bias, *modulation)
+        groups, kind = self.groups, self.kind
+        return ops.norm_silu_with_inputs(u, skip, masks, *affine, groups=groups, norm=kind, activate=activate)
 
     def extra_repr(self) -> str:
         """Describe the sizes."""
@@ -142,7 +154,7 @@ class ResBlock(nn.Module):
 
     def forward(self, u: Tensor, embedding: Tensor, skip: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
         """U [B or B*K, C, H, W], embedding [rows of the output, E], skip [B, C_s, H, W], masks [B, K, H, W]."""
-        h = self.norm1(u, masks=masks) if skip is None else self.norm1.forward_skip(u, skip, masks)
+        h, u, skip = self.norm1.with_inputs(u, skip, masks)
         scale, shift = self.modulation(F.silu(embedding)).chunk(2, dim=1)
         separate = bias_is_separate(u)
         h = F.conv2d(h, self.conv1.weight, padding=1) if separate else self.conv1(h)
@@ -181,12 +193,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Attend within x [N, C, H, W]; masks only for the norm."""
-        n, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x, masks=masks, activate=False))
+        n, c, height, width = x.shape
+        h, x, _ = self.norm.with_inputs(x, None, masks, activate=False)
+        qkv = self.qkv(h)
         # The layout is channels-last, so putting pixels before channels copies nothing, forward or backward.
-        parts = qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, self.num_heads, c // self.num_heads).unbind(2)
+        parts = qkv.permute(0, 2, 3, 1).reshape(n, height * width, 3, self.num_heads, c // self.num_heads).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in parts)
-        out = attend(q, k, v).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+        out = attend(q, k, v).transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
         return x + self.project(out)
 
 

@@ -99,9 +99,10 @@ class TransformerBlock(nn.Module):
             assert skip is not None
             u = ops.masked_skip_projection(u, skip, masks, self.merge.weight, cast(Tensor, self.merge.bias))
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(F.silu(embedding)).chunk(6, dim=1)
-        h = self.attention(self.norm1(u, scale1, shift1, masks=masks, activate=False))
-        u = u + self.dropout(h) * gate1[:, :, None, None]
-        h = self.contract(F.silu(self.expand(self.norm2(u, scale2, shift2, masks=masks, activate=False))))
+        h, u, _ = self.norm1.with_inputs(u, None, masks, scale1, shift1, activate=False)
+        u = u + self.dropout(self.attention(h)) * gate1[:, :, None, None]
+        h, u, _ = self.norm2.with_inputs(u, None, masks, scale2, shift2, activate=False)
+        h = self.contract(F.silu(self.expand(h)))
         return u + self.dropout(h) * gate2[:, :, None, None]
 
 

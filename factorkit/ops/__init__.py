@@ -10,7 +10,7 @@ from factorkit.ops.composite import Rendering, composite, sample_pdf
 from factorkit.ops.encodings import annealing_weights, frequency, growing_resolutions, hash_grid, spherical_harmonics
 from factorkit.ops.intersect import intersect_box
 from factorkit.ops.march import Samples, march_rays
-from factorkit.ops.norm import group_norm_silu, masked_skip_norm_silu
+from factorkit.ops.norm import group_norm_silu, masked_skip_norm_silu, norm_silu_with_inputs
 from factorkit.ops.project_gaussians import ProjectedGaussians, project_gaussians
 from factorkit.ops.rasterize_gaussians import Splatting, rasterize_gaussians
 from factorkit.ops.region import mask_pyramid, region_blend, region_pool
@@ -53,6 +53,7 @@ __all__ = [
     "mask_pyramid",
     "masked_skip_norm_silu",
     "masked_skip_projection",
+    "norm_silu_with_inputs",
     "project_gaussians",
     "rasterize_gaussians",
     "reference",

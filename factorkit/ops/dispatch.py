@@ -36,12 +36,17 @@ LIBRARY = torch.library.Library("factorkit", "DEF")
 
 
 class Op(NamedTuple):
-    """A registered op: its default implementation, what replaces it by type of device, and its Triton kernels."""
+    """A registered op: its default implementation, what replaces it by type of device, and its Triton kernels.
+
+    ``with_inputs`` returns the outputs and, behind them, some of the first inputs, for what else reads them: the
+    gradients from there arrive in the op's backward pass, which adds them to its own. Each would take a pass otherwise.
+    """
 
     default: Callable[..., Any]
     by_device: dict[str, Callable[..., Any]]
     triton: Callable[..., Any] | None
     needs_extension: bool
+    with_inputs: Callable[..., Any] | None = None
 
 
 OPS: dict[str, Op] = {}
@@ -57,6 +62,7 @@ def register(
     autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
     needs_extension: bool = False,
     schema: str | None = None,
+    returned_inputs: int = 0,
 ) -> None:
     """Register ``factorkit::<name>`` with torch. Its schema has no defaults and, with ``autograd``, no lists.
 
@@ -69,6 +75,7 @@ def register(
         autograd: ``setup_context`` and ``backward`` as of ``torch.library.register_autograd``.
         needs_extension: ``default`` itself calls factorkit._C, on the CPU and on CUDA.
         schema: the op's signature; from the annotations of ``default`` if None.
+        returned_inputs: how many of the first inputs ``with_inputs`` of the :class:`Op` returns, if it is to exist.
     """
     schema = schema or torch.library.infer_schema(default, mutates_args=())
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -79,7 +86,10 @@ def register(
     if not needs_extension:
         LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     if autograd is not None:
-        LIBRARY.impl(name, _differentiable(getattr(torch.ops.factorkit, name).default, *autograd), "Autograd")
+        overload = getattr(torch.ops.factorkit, name).default
+        LIBRARY.impl(name, _differentiable(overload, *autograd), "Autograd")
+        if returned_inputs:
+            OPS[name] = op._replace(with_inputs=_differentiable(overload, *autograd, returned_inputs))
     _register_triton(op, "cuda")
 
 
@@ -94,9 +104,12 @@ def _dispatch_key(device: str) -> str:
 
 
 def _differentiable(
-    op: torch._ops.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
+    op: torch._ops.OpOverload,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    returned_inputs: int = 0,
 ) -> Callable[..., Any]:
-    """Return what runs the op and records its gradient."""
+    """Return what runs the op and records its gradient; its outputs end in that many inputs."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -104,7 +117,7 @@ def _differentiable(
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*args)
             setup_context(ctx, args, output)
-            return output
+            return (*output, *args[:returned_inputs]) if returned_inputs else output
 
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]  # torch's way, with the name taken
     return Differentiable.apply

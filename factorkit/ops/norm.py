@@ -21,6 +21,7 @@ from torch import Tensor
 from factorkit.ops.dispatch import (
     CPP_DTYPES,
     EXTENSION,
+    OPS,
     dense_format,
     empty_like,
     has_extension,
@@ -28,6 +29,7 @@ from factorkit.ops.dispatch import (
     reference_gradients,
     register,
     select,
+    use_reference,
     with_layout_of,
 )
 from factorkit.ops.norm_pytorch import (
@@ -112,8 +114,7 @@ def group_norm_silu(
     Raises:
         ValueError: shapes that do not fit, an unknown norm, groups that do not divide C, or masks missing.
     """
-    _check(x, x.shape[1], (weight, bias, scale, shift), groups, norm, masks, x.shape[0])
-    masks = masks if norm == "masked_group" else None
+    masks = _check(x, None, masks, (weight, bias, scale, shift), groups, norm)
     return _run(x, None, masks, weight, bias, scale, shift, input_bias, groups, norm, activate)
 
 
@@ -138,13 +139,38 @@ def masked_skip_norm_silu(
     Raises:
         ValueError: shapes that do not fit, an unknown norm, groups that do not divide C_u + C_s.
     """
-    rows, shape = count_branches(u, masks), u.shape[2:]
-    if skip.shape[0] != (rows if masks is None else masks.shape[0]) or skip.shape[2:] != shape:
-        raise ValueError(f"the skip is {tuple(skip.shape)}; it must have u's {tuple(shape)} pixels, one for each image")
-    if masks is not None and masks.shape[2:] != shape:
-        raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(shape)}")
-    _check(u, u.shape[1] + skip.shape[1], (weight, bias, scale, shift), groups, norm, masks, rows)
+    masks = _check(u, skip, masks, (weight, bias, scale, shift), groups, norm)
     return _run(u, skip, masks, weight, bias, scale, shift, None, groups, norm, True)
+
+
+def norm_silu_with_inputs(
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    groups: int,
+    norm: str = "group",
+    activate: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute as the functions above do, without a skip or with one, and return u and the skip again.
+
+    What else reads u and the skip, a shortcut, should read those: its gradients are then added in the pass that writes
+    the norm's own, and not in one of their own. Arguments and errors are those of the functions above.
+
+    Returns:
+        the output, u and the skip.
+    """
+    masks = _check(u, skip, masks, (weight, bias, scale, shift), groups, norm)
+    arguments = (u, skip, masks, weight, bias, scale, shift, None, groups, norm, activate)
+    with_inputs = OPS["norm_silu"].with_inputs
+    if with_inputs is None or use_reference() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _run(*arguments), u, skip
+    out, _, u, skip = with_inputs(*arguments)
+    return out, u, skip
 
 
 def _run(u: Tensor, *rest: Any) -> Tensor:
@@ -152,7 +178,19 @@ def _run(u: Tensor, *rest: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _check(x: Tensor, channels: int, affine: Affine, groups: int, norm: str, masks: Tensor | None, rows: int) -> None:
+def _check(
+    u: Tensor, skip: Tensor | None, masks: Tensor | None, affine: Affine, groups: int, norm: str
+) -> Tensor | None:
+    """Raise ValueError for shapes that do not fit; return the masks if they are used."""
+    rows, channels, shape = u.shape[0], u.shape[1], u.shape[2:]
+    if skip is not None:
+        rows, channels = count_branches(u, masks), channels + skip.shape[1]
+        if skip.shape[0] != (rows if masks is None else masks.shape[0]) or skip.shape[2:] != shape:
+            raise ValueError(
+                f"the skip is {tuple(skip.shape)}; it must have u's {tuple(shape)} pixels, one for each image"
+            )
+        if masks is not None and masks.shape[2:] != shape:
+            raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(shape)}")
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
     weight, bias, scale, shift = (None if v is None else tuple(v.shape) for v in affine)
@@ -163,12 +201,13 @@ def _check(x: Tensor, channels: int, affine: Affine, groups: int, norm: str, mas
     if norm != "pixel" and channels % groups:
         raise ValueError(f"{groups} groups do not divide {channels} channels")
     if norm != "masked_group":
-        return
+        return None if skip is None else masks
     if masks is None or masks.shape[0] * masks.shape[1] != rows:
-        shape = None if masks is None else tuple(masks.shape)
-        raise ValueError(f"norm='masked_group' needs masks [B, K, H, W] with B*K = {rows}; got {shape}")
-    if masks.shape[2:] != x.shape[2:]:
-        raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(x.shape[2:])}")
+        found = None if masks is None else tuple(masks.shape)
+        raise ValueError(f"norm='masked_group' needs masks [B, K, H, W] with B*K = {rows}; got {found}")
+    if masks.shape[2:] != shape:
+        raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(shape)}")
+    return masks
 
 
 # --- PyTorch implementation ---
@@ -202,9 +241,18 @@ def _fake(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> t
 
 
 def _backward(
-    grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+    grad: Tensor,
+    moments: Tensor | None,
+    others: tuple[Tensor | None, Tensor | None],
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    *rest: Any,
 ) -> list[Tensor]:
-    """Return the gradients of those tensors of ``ARGUMENTS`` that are not None, in their order."""
+    """Return the gradients of those tensors of ``ARGUMENTS`` that are not None, in their order.
+
+    ``others`` are gradients of u and of the skip from elsewhere, which are added.
+    """
     # The concatenation is computed again rather than stored: it is K times the skip, the decoder's largest tensor.
     *affine, input_bias, _, norm, activate = rest
     z = u if skip is None else concatenate_masked_skip(u, skip, masks)
@@ -220,12 +268,17 @@ def _backward(
         features = [shared_gradient(d_z[:, :split], u, masks), *masked_skip_gradients(d_z[:, split:], skip, masks)]
         if d_weights is not None:
             features[2] = features[2] + d_weights
+    for i, other in enumerate(others):
+        if other is not None:
+            features[i] = features[i].add_(other)
     return [*features, *d_affine]
 
 
-def _backward_fake(grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, *rest: Any) -> list[Tensor]:
-    others = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest if isinstance(x, Tensor)]
-    return [empty_like(u), *([] if skip is None else [empty_like(skip)]), *others]
+def _backward_fake(
+    grad: Tensor, moments: Tensor | None, others: Any, u: Tensor, skip: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    dense = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest if isinstance(x, Tensor)]
+    return [empty_like(u), *([] if skip is None else [empty_like(skip)]), *dense]
 
 
 # --- C++ (csrc/norm_cpu.cpp): channels_last, fp32 or bf16 ---
@@ -292,7 +345,13 @@ def _forward_cpp(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: An
 
 
 def _backward_cpp(
-    grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+    grad: Tensor,
+    moments: Tensor | None,
+    others: tuple[Tensor | None, Tensor | None],
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    *rest: Any,
 ) -> list[Tensor] | None:
     if not _cpp_takes(u, skip, rest[4]):
         return None
@@ -304,7 +363,8 @@ def _backward_cpp(
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (problem.scale, problem.shift)
     ]
-    addresses = _addresses((grad, moments, *found))
+    like_u = [None if x is None else x.to(u.dtype).contiguous(memory_format=torch.channels_last) for x in others]
+    addresses = _addresses((grad, moments, *like_u, *found))
     EXTENSION.norm_silu_backward(*problem.arguments, addresses, torch.get_num_threads())
     inputs = (u, skip, masks, *rest[:4])
     return [x.to(like.dtype) for x, like in zip(found, inputs, strict=True) if x is not None and like is not None]
@@ -324,13 +384,20 @@ def _forward_triton(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest:
 
 
 def _backward_triton(
-    grad: Tensor, moments: Tensor | None, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+    grad: Tensor,
+    moments: Tensor | None,
+    others: tuple[Tensor | None, Tensor | None],
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    *rest: Any,
 ) -> list[Tensor]:
     *affine, input_bias, _, norm, activate = rest
     if norm == "pixel":
-        gradients = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, affine, input_bias, activate, PIXEL_EPS)
+        arguments = (grad, u, skip, masks, affine, input_bias, activate, PIXEL_EPS, others)
+        gradients = kernels.pixel_norm.pixel_backward(*arguments)
     else:
-        settings = (input_bias, activate, EPS[norm], MASK_FLOOR)
+        settings = (input_bias, activate, EPS[norm], MASK_FLOOR, others)
         gradients = kernels.group_norm.norm_backward(grad, moments, u, skip, masks, affine, *settings)
     d_u, d_skip, d_masks, *d_affine = gradients
     d_skip = None if skip is None else with_layout_of(d_skip, skip)
@@ -345,15 +412,27 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     *tensors, ctx.groups, ctx.norm, ctx.activate = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    moments, *saved = ctx.saved_tensors
+def _autograd(
+    ctx: Any, grad: Tensor | None, _: Tensor | None, other_u: Tensor | None = None, other_skip: Tensor | None = None
+) -> tuple:
+    moments, u, skip, *saved = ctx.saved_tensors
+    settings = (ctx.groups, ctx.norm, ctx.activate)
+    if grad is None:
+        return other_u, other_skip, *(None for _ in (*saved, *settings))
     if torch.is_grad_enabled():
-        return reference_gradients(norm_silu, (*saved, ctx.groups, ctx.norm, ctx.activate), (grad,))
+        d_u, d_skip, *rest = reference_gradients(norm_silu, (u, skip, *saved, *settings), (grad,))
+        return _sum(d_u, other_u), _sum(d_skip, other_skip), *rest
     moments = None if ctx.norm == "pixel" else moments
-    gradients = iter(torch.ops.factorkit.norm_silu_backward(grad, moments, *saved, ctx.groups, ctx.norm, ctx.activate))
-    return *(None if x is None else next(gradients) for x in saved), None, None, None
+    others = (other_u, other_skip)
+    gradients = iter(torch.ops.factorkit.norm_silu_backward(grad, moments, others, u, skip, *saved, *settings))
+    return *(None if x is None else next(gradients) for x in (u, skip, *saved)), None, None, None
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None else x if y is None else x + y
 
 
 register(
@@ -364,6 +443,7 @@ register(
     triton=_forward_triton,
     autograd=(_setup_context, _autograd),
     schema=f"({ARGUMENTS}) -> (Tensor, Tensor)",
+    returned_inputs=2,
 )
 register(
     "norm_silu_backward",
@@ -371,5 +451,5 @@ register(
     _backward_fake,
     cpp=_backward_cpp,
     triton=_backward_triton,
-    schema=f"(Tensor grad, Tensor? moments, {ARGUMENTS}) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor? moments, Tensor?[] others, {ARGUMENTS}) -> Tensor[]",
 )

@@ -64,6 +64,13 @@ Doubles reference(const NormProblem& p, const Inputs& in) {
     return out;
 }
 
+// Within the rounding of bf16.
+void expect_sums(const Doubles& sums, const Doubles& own, const Doubles& other) {
+    for (std::size_t i = 0; i < sums.size(); ++i)
+        if (!(std::abs(sums[i] - own[i] - other[i]) <= 8e-3 * (std::abs(own[i]) + std::abs(other[i]))))
+            std::fprintf(stderr, "gradient %.7g with another of %.7g: %.7g\n", own[i], other[i], sums[i]), std::exit(1);
+}
+
 template <class T>
 void check(NormKind kind, int64_t batch, int64_t regions, int64_t cu, int64_t cs, int64_t n, int64_t groups, bool shared,
            float steepness) {
@@ -91,9 +98,17 @@ void check(NormKind kind, int64_t batch, int64_t regions, int64_t cu, int64_t cs
     const auto grad = random_numbers<T>(out.size(), -1, 1);
     std::vector<T> d_u(u.size()), d_skip(skip.size()), d_scale(rows * channels), d_shift(rows * channels);
     Floats d_masks(masks.size()), d_weight(channels), d_bias(channels);
-    norm_silu_backward(p, {grad.data(), moments.data(), d_u.data(), cs ? d_skip.data() : nullptr,
-                           with_masks ? d_masks.data() : nullptr, d_weight.data(), d_bias.data(), d_scale.data(),
-                           d_shift.data()}, 2);
+    const auto backward = [&](const T* other_u, const T* other_skip) {
+        norm_silu_backward(p, {grad.data(), moments.data(), other_u, other_skip, d_u.data(), cs ? d_skip.data() : nullptr,
+                               with_masks ? d_masks.data() : nullptr, d_weight.data(), d_bias.data(), d_scale.data(),
+                               d_shift.data()}, 2);
+    };
+    const auto other_u = random_numbers<T>(u.size(), -1, 1), other_skip = random_numbers<T>(skip.size(), -1, 1);
+    backward(other_u.data(), cs ? other_skip.data() : nullptr);
+    const Doubles sums_u = widened(d_u), sums_skip = widened(d_skip);
+    backward(nullptr, nullptr);
+    expect_sums(sums_u, widened(d_u), widened(other_u));
+    expect_sums(sums_skip, widened(d_skip), widened(other_skip));
     const Inputs gradients{widened(d_u), widened(d_skip), widened(d_masks), widened(d_scale), widened(d_shift),
                            widened(d_weight), widened(d_bias)};
     // Along one random direction for each input, against the difference quotient.

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorkit import ops
 from factorkit.ops import dispatch, reference, region
@@ -414,3 +415,49 @@ def test_compiled_op_runs_on_the_device_of_its_tensors(monkeypatch):
     with FakeTensorMode():
         dispatch.call_extension("march_count", torch.empty(4, device="cuda:1"), 3)
     assert entered == [torch.device("cuda", 1)] and calls == [("float32", 3, 7)]
+
+
+@pytest.mark.parametrize("used", ["all", "output", "inputs"])
+@pytest.mark.parametrize("kind", ["norm", "shared", "own", "skip"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norm_with_inputs_adds_the_gradients_of_their_other_uses(dtype, norm, kind, used):
+    """In fp64 in PyTorch, else in C++; in bf16 the sum is rounded once, where autograd rounds twice."""
+    if kind == "skip" and norm == "masked_group":
+        pytest.skip("there is nothing to weigh the moments by")
+    torch.manual_seed(3)
+    rows = 3 if kind in ("shared", "skip") else 6
+    u, skip = (torch.randn(n, 8, 5, 3).to(dtype, memory_format=torch.channels_last) for n in (rows, 3))
+    masks = None if kind == "skip" or (kind == "norm" and norm != "masked_group") else soft_masks(3, 2, 5, 3).detach()
+    masks = None if masks is None else masks.to(torch.promote_types(dtype, torch.float32))
+    skip = None if kind == "norm" else skip.requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = torch.randn(2, 8 if skip is None else 16, dtype=wide)
+    inputs = [u.requires_grad_()] + ([] if skip is None else [skip])
+    out, *again = ops.norm_silu_with_inputs(u, skip, masks, weight, bias, groups=2, norm=norm)
+    again = [x for x in again if x is not None]
+    assert all(torch.equal(x, y) for x, y in zip(again, inputs, strict=True))
+    parts = {"all": [out, *again], "output": [out], "inputs": again}[used]
+    upstream = [torch.randn_like(x) for x in parts]
+    with CountedAdditions() as counted:
+        found = torch.autograd.grad(parts, inputs, upstream)
+    if skip is None:
+        plain = ops.group_norm_silu(u, weight, bias, groups=2, norm=norm, masks=masks)
+    else:
+        plain = ops.masked_skip_norm_silu(u, skip, masks, weight, bias, groups=2, norm=norm)
+    parts = {"all": [plain, *inputs], "output": [plain], "inputs": inputs}[used]
+    wanted = torch.autograd.grad(parts, inputs, upstream)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, **close)
+    assert dtype == torch.float64 or counted.additions == 0
+
+
+class CountedAdditions(TorchDispatchMode):
+    """Count the sums of tensors, which autograd takes where a tensor is used twice."""
+
+    additions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.additions += func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+        return func(*args, **(kwargs or {}))

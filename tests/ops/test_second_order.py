@@ -66,6 +66,14 @@ def skip_norm():
     return run, (leaf(1, 2, 2, 2), leaf(1, 2, 2, 2), masks(1, 2, 2, 2), leaf(4), leaf(4))
 
 
+def norm_and_inputs():
+    def run(u, skip, m, weight, bias):
+        out, u, skip = ops.norm_silu_with_inputs(u, skip, m, weight, bias, groups=2)
+        return out, u.square(), skip.square()
+
+    return run, skip_norm()[1]
+
+
 def skip_add():
     tensors = (leaf(1, 2, 2, 2), leaf(1, 3, 2, 2), masks(1, 2, 2, 2), leaf(2, 5, 1, 1), leaf(2), leaf(2, 2, 2, 2))
     return ops.masked_skip_projection, tensors
@@ -88,6 +96,7 @@ CASES = {
     "norm_silu, masked_group": ("norm_silu", lambda: norm("masked_group")),
     "norm_silu, pixel": ("norm_silu", lambda: norm("pixel")),
     "norm_silu, skip": ("norm_silu", skip_norm),
+    "norm_silu, with inputs": ("norm_silu", norm_and_inputs),
     "masked_skip_add": ("masked_skip_add", skip_add),
     "mask_pyramid": ("mask_pyramid", lambda: (lambda m: ops.mask_pyramid(m, 2)[1:], (masks(1, 2, 4, 4),))),
     "region_pool": ("region_pool", lambda: (ops.region_pool, (leaf(1, 2, 2, 2), masks(1, 2, 2, 2)))),

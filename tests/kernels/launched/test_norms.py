@@ -55,6 +55,20 @@ def test_masked_skip_norm_matches_reference(norm, shape, shared):
 
 
 @pytest.mark.usefixtures("fill_memory_with_nan")
+@pytest.mark.parametrize("shape", ["odd", "one branch", "blocks"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_gradients_of_other_uses_are_added(norm, shape, shared):
+    *sizes, groups = SHAPES[shape]
+    compare(
+        lambda *x: ops.norm_silu_with_inputs(*x, groups=groups, norm=norm),
+        lambda *x: (reference.norm_silu(*x, None, groups, norm), *x[:2]),
+        skip_inputs(*sizes, shared=shared),
+        size=1.0,
+    )
+
+
+@pytest.mark.usefixtures("fill_memory_with_nan")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_half_precision_features_match_reference(norm, dtype):

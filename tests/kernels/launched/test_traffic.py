@@ -74,13 +74,13 @@ def addresses_of(x: torch.Tensor) -> list[int]:
 
 
 def skip_norm(norm, shared, dtype=torch.bfloat16, regions=3):
-    """Tensors of a branch decoder's first norm, several tiles of channels wide."""
+    """Tensors of a branch decoder's first norm, several tiles of channels wide; a shortcut reads u and the skip too."""
     b, c_u, c_s, h, w = 2, 72, 136, 4, 8
     u = rand(b if shared else b * regions, c_u, h, w, dtype=dtype)
     affine = [rand(c_u + c_s) for _ in range(2)] + [rand(b * regions, c_u + c_s, dtype=dtype) for _ in range(2)]
     inputs = [u, rand(b, c_s, h, w, dtype=dtype), soft_masks(b, regions, h, w), *affine]
     inputs = [x.requires_grad_() for x in inputs]
-    return ops.masked_skip_norm_silu(*inputs, groups=8, norm=norm), inputs
+    return ops.norm_silu_with_inputs(*inputs, groups=8, norm=norm), inputs
 
 
 def own_norm(norm, input_bias):
@@ -117,7 +117,8 @@ def test_counted_bytes_match_kernel_accesses(case, monkeypatch):
     make, *given = CASES[case]
     accesses = Accesses(monkeypatch)
     out, inputs = make(*given)
-    torch.autograd.grad(out, inputs, torch.randn_like(out))
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.grad(out, inputs, [torch.randn_like(x) for x in out])
     assert accesses.launches
     times = accesses.check()
     # What is loaded again comes from a cache: branches of a tile follow one another, in one program or side by side.
