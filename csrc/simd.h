@@ -1,7 +1,9 @@
 // Arithmetic that the compiler can vectorise, shared by the CPU implementations.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -241,12 +243,16 @@ __attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl
     Run::template run<VectorTypes<16>::Floats, rounded_bf16>(arguments...);
 }
 
-inline int instruction_level() {  // 1: run_avx2 can run, 2: run_avx512, 3: run_avx512_bf16
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return 0;
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-    return !wide ? 1 : __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+// 1: run_avx2 can run, 2: run_avx512, 3: run_avx512_bf16; at most what FACTORKIT_SIMD_LEVEL says, which tests set.
+inline int instruction_level() {
+    const auto has = [](auto... present) { return (... && present); };
+    int level = 0;
+    if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi2"))) level = 1;
+    if (level && has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512cd"),
+                     __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl")))
+        level = __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    const char* most = std::getenv("FACTORKIT_SIMD_LEVEL");
+    return most ? std::min(level, std::atoi(most)) : level;
 }
 #endif
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -357,6 +360,16 @@ def test_compiled_norm_matches_reference(dtype, norm, shared, masked, monkeypatc
         for f, x in zip(found, wanted, strict=True):
             error = (f.double() - x).norm() / x.norm()
             assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", range(3))
+def test_compiled_norm_of_lesser_processors_matches_reference(level):
+    """Without vectors, with AVX2, and with AVX-512 but not its bf16: what this processor would not choose."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-k", "test_compiled_norm_matches_reference"]
+    environment = os.environ | {"FACTORKIT_SIMD_LEVEL": str(level)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "18 passed" in done.stdout, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize("norm", NORMS)
