@@ -15,7 +15,7 @@ struct NormProblem {
     const float* masks;    // [batch, regions, pixels], null for a plain norm of u and skip
     const float* weight;   // [channels]
     const float* bias;     // [channels]
-    const void* scale;     // [rows, channels], null without modulation
+    const void* scale;     // [rows, channels], null without modulation; float, or bf16 if modulation_is_bf16
     const void* shift;     // like scale
     std::int64_t modulation_stride;  // from a row of the scale, and of the shift, to the next
     std::int64_t batch, regions, channels_u, channels_skip, pixels, groups;
@@ -30,17 +30,17 @@ struct NormProblem {
 
 // `moments` are [3 (masked norm) or 2 or 0 (pixel norm), rows, groups]: mean, 1/std and the sum of the pixels' weights.
 struct NormGradients {
-    const void* grad;      // [rows, pixels, channels]
-    const float* moments;  // of the forward pass
-    const void* other_u;     // like u, added to its gradient: what other uses of u contribute; or null
+    const void* grad;        // [rows, pixels, channels]
+    const float* moments;    // of the forward pass
+    const void* other_u;     // like u: the gradient from what else reads u, which is added; or null
     const void* other_skip;  // like skip, the same
-    void* u;               // like u
-    void* skip;            // like skip
-    float* masks;          // like masks, null without
-    float* weight;         // [channels]
-    float* bias;           // [channels]
-    void* scale;           // [rows, channels] without gaps, of the modulation's type; null without
-    void* shift;           // like scale
+    void* u;                 // like u
+    void* skip;              // like skip
+    float* masks;            // like masks, null without
+    float* weight;           // [channels]
+    float* bias;             // [channels]
+    void* scale;             // [rows, channels] without gaps, of the modulation's type; null without
+    void* shift;             // like scale
 };
 
 void norm_silu_forward(const NormProblem& problem, void* out, float* moments, int threads);

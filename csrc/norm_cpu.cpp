@@ -156,9 +156,9 @@ struct ImageGradients {
                                          bool later, V* on_share, V* on_mask) {
         T* to = static_cast<T*>(gradient) + at;
         const T* before = later ? to : other ? static_cast<const T*>(other) + at : nullptr;
+        if (wide.empty()) return half_to<IsSkip>(t, to, before, on_share, on_mask);
         float* sums = wide.data() + t.begin * row.halves[IsSkip].width;
-        wide.empty() ? half_to<IsSkip>(t, to, before, on_share, on_mask)
-                     : half_to<IsSkip>(t, sums, later || other ? sums : nullptr, on_share, on_mask);
+        half_to<IsSkip>(t, sums, before ? sums : nullptr, on_share, on_mask);
     }
 
     template <bool IsSkip, class To>

@@ -151,6 +151,7 @@ class TrainingStep:
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
         # Listed once: walking through the modules takes time in every step, and the optimiser holds the same tensors.
         self.parameters, self.buffers = dict(self.model.named_parameters()), list(self.model.buffers())
+        self.model.train()
         on_gpu = device.type == "cuda"
         measure_convolutions(device)
         indices_on_gpu = on_gpu and (task.capturable or getattr(task, "takes_device_indices", False))
@@ -178,7 +179,7 @@ class TrainingStep:
     def __call__(self, step: int) -> None:
         """Take the step that follows ``step`` finished ones."""
         self._prepare(step)
-        if not self.model.training:  # walking through the modules takes time
+        if not self.model.training:
             self.model.train()
         self.run(self._prepare_task(step))
         self.history[len(self.unreported_steps)].copy_(torch.cat([self.finite[None], self.causes]))
