@@ -73,22 +73,28 @@ Crew*& crew() {
     return present;
 }
 
-// What runs the function in a number of threads of OpenMP, or null without OpenMP in the program.
-using InThreads = void (*)(void (*)(void*), void*, unsigned, unsigned);
-InThreads& openmp() {
-    static InThreads found = [] {
+bool is_forked = false;  // whether this process is a child that was forked
+
 #if defined(__unix__) || defined(__APPLE__)
-        // A forked child has neither's threads: it gets a crew of its own, and OpenMP would wait for its threads for ever.
-        pthread_atfork(nullptr, nullptr, [] { crew() = new Crew, openmp() = nullptr; });
-        return reinterpret_cast<InThreads>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#else
-        return InThreads(nullptr);
+// A child has none of its parent's threads: it gets a crew of its own, and OpenMP would wait for its threads for ever.
+// Registered when the module is loaded, as the parent may have used OpenMP and not yet this file.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { crew() = new Crew, is_forked = true; });
 #endif
-    }();
-    return found;
+
+// What runs a function in a number of threads of OpenMP, or null without OpenMP in the program.
+using InThreads = void (*)(void (*)(void*), void*, unsigned, unsigned);
+InThreads openmp() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const auto found = reinterpret_cast<InThreads>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return is_forked ? nullptr : found;
+#else
+    return nullptr;
+#endif
 }
 
-void run_in_openmp(int64_t pieces, const Piece& piece) {
+// In all threads, also where there are fewer pieces: GCC's OpenMP ends threads that a smaller team does without, and
+// PyTorch's next operation would start them again.
+void run_in_openmp(int64_t pieces, int threads, const Piece& piece) {
     struct Work {
         const Piece& piece;
         const int64_t pieces;
@@ -107,7 +113,7 @@ void run_in_openmp(int64_t pieces, const Piece& piece) {
             }
         }
     };
-    openmp()(take, &work, unsigned(pieces), 0);
+    openmp()(take, &work, unsigned(threads), 0);
     if (work.error) std::rethrow_exception(work.error);
 }
 
@@ -120,7 +126,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
         return;
     }
     const Piece piece = [&](int64_t i) { body(count * i / pieces, count * (i + 1) / pieces); };
-    if (openmp()) return run_in_openmp(pieces, piece);
+    if (openmp()) return run_in_openmp(pieces, threads, piece);
     if (!crew()->run(pieces, piece))
         for (int64_t i = 0; i < pieces; ++i) piece(i);
 }

@@ -128,7 +128,8 @@ class Norm(nn.Module):
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a layer to rows x [N, C], under autocast on a CPU in fp32 where the products are few."""
-    if x.device.type != "cpu" or len(x) * layer.weight.numel() > MAX_PRODUCTS_FP32:
+    on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not on_cpu or len(x) * layer.weight.numel() > MAX_PRODUCTS_FP32:
         return layer(x)
     with torch.autocast("cpu", enabled=False):
         return layer(x.to(layer.weight.dtype))

@@ -72,7 +72,8 @@ def register(
         fake: allocates the outputs, given the arguments, without computing them.
         cpp: runs on the CPU instead of ``default`` unless it returns None.
         triton: runs on CUDA instead of ``default`` where Triton is installed and takes all tensors.
-        autograd: ``setup_context`` and ``backward`` as of ``torch.library.register_autograd``.
+        autograd: ``setup_context`` and ``backward`` as of ``torch.library.register_autograd``; None: its backward pass
+            raises RuntimeError.
         needs_extension: ``default`` itself calls factorkit._C, on the CPU and on CUDA.
         schema: the op's signature; from the annotations of ``default`` if None.
         returned_inputs: how many of the first inputs ``with_inputs`` of the :class:`Op` returns, if it is to exist.
@@ -85,6 +86,8 @@ def register(
         LIBRARY.impl(name, functools.partial(_run_on, device, op), _dispatch_key(device))
     if not needs_extension:
         LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    if autograd is None and not name.endswith("_backward"):
+        autograd = (lambda ctx, inputs, output: None, functools.partial(_refuse_gradient, name))
     if autograd is not None:
         overload = getattr(torch.ops.factorkit, name).default
         LIBRARY.impl(name, _differentiable(overload, *autograd), "Autograd")
@@ -121,6 +124,10 @@ def _differentiable(
 
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]  # torch's way, with the name taken
     return Differentiable.apply
+
+
+def _refuse_gradient(name: str, ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(f"factorkit::{name} has no gradient: detach its inputs")
 
 
 def _register_triton(op: Op, device: str) -> None:

@@ -167,7 +167,8 @@ def norm_silu_with_inputs(
     masks = _check(u, skip, masks, (weight, bias, scale, shift), groups, norm)
     arguments = (u, skip, masks, weight, bias, scale, shift, None, groups, norm, activate)
     with_inputs = OPS["norm_silu"].with_inputs
-    if with_inputs is None or use_reference() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    eager = not (use_reference() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if with_inputs is None or not (eager and torch.is_grad_enabled() and u.requires_grad):
         return _run(*arguments), u, skip
     out, _, u, skip = with_inputs(*arguments)
     return out, u, skip

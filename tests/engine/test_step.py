@@ -121,6 +121,10 @@ def test_moving_average_masked_update_changes_nothing():
     assert average.n_averaged == 0 and (average.module.weight == 1).all()
     average.update(model.parameters(), model.buffers(), torch.tensor(True))
     assert average.n_averaged == 1 and (average.module.weight == 5).all()
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    average.update(model.parameters(), model.buffers(), torch.tensor(True))
+    torch.testing.assert_close(average.module.weight, torch.full((3,), 5 + 2 * 9 / 11))  # decay (1 + 1) / (10 + 1)
 
 
 def test_training_step_changes_nothing_after_three_non_finite_steps(toy):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from factorkit.nn import unet
 from factorkit.nn.unet import (
+    MAX_PRODUCTS_FP32,
     MAX_TOKENS_FP32,
     Attention,
     Decoder,
@@ -20,6 +21,7 @@ from factorkit.nn.unet import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    apply_linear,
     attend,
     group_count,
     sinusoid,
@@ -230,3 +232,12 @@ def test_blocks_at_initialisation_are_identity_and_decoder_zero():
 def test_masked_norm_without_masks_raises():
     with pytest.raises(ValueError, match="needs masks"):
         Norm(8, 2, "masked_group")(torch.randn(2, 8, 3, 3))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(4, torch.float32), (MAX_PRODUCTS_FP32 // 64 + 1, torch.bfloat16)])
+def test_apply_linear_under_autocast_on_cpu_runs_in_fp32_where_the_products_are_few(rows, expected):
+    layer, x = torch.nn.Linear(8, 8), torch.randn(rows, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = apply_linear(layer, x)
+    assert out.dtype == expected
+    torch.testing.assert_close(out.float(), layer(x.float()), rtol=2e-2, atol=2e-2)

@@ -466,6 +466,15 @@ def test_norm_with_inputs_adds_the_gradients_of_their_other_uses(dtype, norm, ki
     assert dtype == torch.float64 or counted.additions == 0
 
 
+def test_norm_with_inputs_where_they_need_no_gradient_or_are_transformed_is_the_plain_norm():
+    x, weight = torch.randn(2, 3, 4, 5, 5), torch.randn(4, requires_grad=True)
+    run = lambda x: ops.norm_silu_with_inputs(x, None, None, weight, weight, groups=2)[:2]  # noqa: E731
+    out, again = run(x[0])
+    assert out.requires_grad and not again.requires_grad
+    together = torch.vmap(lambda x: run(x)[0])(x.requires_grad_())
+    torch.testing.assert_close(together, torch.stack([run(part)[0] for part in x]))
+
+
 class CountedAdditions(TorchDispatchMode):
     """Count the sums of tensors, which autograd takes where a tensor is used twice."""
 

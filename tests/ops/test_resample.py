@@ -134,3 +134,11 @@ def test_wrong_offsets_are_refused():
     x = torch.rand(6)
     with pytest.raises(ValueError, match="never fall"):
         ops.sample_pdf(x, x + 1, x, 2, torch.tensor([0, 5, 3]))
+
+
+def test_gradient_of_an_op_without_one_is_an_error():
+    t_start, t_end = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    weights = torch.ones(1, 2, requires_grad=True)
+    edges = torch.ops.factorkit.sample_pdf(t_start, t_end, weights, None, 4, None)
+    with pytest.raises(RuntimeError, match="factorkit::sample_pdf has no gradient: detach its inputs"):
+        edges.sum().backward()

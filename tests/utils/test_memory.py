@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from factorkit.utils import memory
 from factorkit.utils.errors import OutOfMemoryError
 
 CPU = torch.device("cpu")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def test_require_memory_more_than_is_free_raises_with_both_numbers(monkeypatch):
@@ -30,7 +32,7 @@ def test_free_memory_without_the_system_file_is_unknown(monkeypatch, tmp_path):
     assert memory.free_memory(CPU) == 4096
 
 
-def count_page_faults(size: int = 48 << 20) -> int:
+def count_page_faults(size: int = 24 << 20) -> int:
     """Return the page faults of filling memory that is freed at once."""
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -40,11 +42,12 @@ def count_page_faults(size: int = 48 << 20) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
 @pytest.mark.skipif(bool(os.environ.keys() & set(memory.MALLOC_SETTINGS)), reason="malloc has settings already")
+@pytest.mark.skipif(HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(), reason="a fault is 2 MiB, not 4 KiB")
 def test_freed_memory_is_kept_in_the_block_and_returned_behind_it():
     with memory.keep_freed_memory(CPU):
-        kept = min(count_page_faults() for _ in range(9))  # not always the same: a new place may fit better
+        kept = min(count_page_faults() for _ in range(30))  # a free place without room for alignment is not taken again
     returned = count_page_faults()
-    assert kept < 1000 < returned  # of 12288 pages of 4 KiB
+    assert kept < 1000 < returned  # of 6144 pages of 4 KiB
 
 
 @pytest.mark.parametrize("case", ["gpu", "settings", "another library"])
