@@ -16,8 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorkit import ops
-from factorkit.ops import dispatch, reference, region
-from factorkit.ops import norm as norm_ops
+from factorkit.ops import dispatch, norm_cpp, reference, region
 from factorkit.ops.norm_pytorch import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, NORMS, PIXEL_EPS
 from factorkit.ops.region import POOL_FLOOR
 
@@ -352,7 +351,7 @@ def test_compiled_norm_matches_reference(dtype, norm, shared, masked, c_u, c_s, 
     inputs[:2] = [x.to(memory_format=torch.channels_last) for x in inputs[:2]]
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-    assert norm_ops._forward_cpp(*inputs, None, 4, norm, True) is not None
+    assert norm_cpp.forward(*inputs, None, 4, norm, True) is not None
     got = torch.ops.factorkit.norm_silu(*inputs, None, 4, norm, True)[0]
     want = reference.norm_silu(*exact, None, 4, norm)
     loose = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-5}
