@@ -62,9 +62,9 @@ def count_bytes(case: OpCase) -> dict[str, int]:
     """Return what the Triton launches of ours move on a GPU."""
     inputs = [torch.empty_like(x, device="meta").requires_grad_() for x in case.inputs]
     with counted(launches=True) as count:
-        out = case.ours(*inputs)
+        out = as_tuple(case.ours(*inputs))
         forward = sum(part.moved for part in count.parts.values())
-        torch.autograd.grad(out, inputs, torch.empty_like(out))
+        torch.autograd.grad(out, inputs, [torch.empty_like(x) for x in out])
     return {"forward": forward, "both": sum(part.moved for part in count.parts.values())}
 
 
@@ -76,6 +76,11 @@ REGION_OPS = (
     "mask_pyramid",
     "region_pool",
 )
+
+
+def as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return what an op returned as a tuple."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 def region_op(name: str, config: SegdiffConfig, batch: int, device: torch.device, dtype: torch.dtype) -> OpCase:
@@ -149,8 +154,8 @@ def region_op(name: str, config: SegdiffConfig, batch: int, device: torch.device
         levels = len(config.channel_mult) - 1
         return OpCase(
             [masks()],
-            lambda m: torch.cat([x.flatten(2) for x in ops.mask_pyramid(m, levels)[1:]], 2),
-            lambda m: torch.cat([F.avg_pool2d(m, 2**i).flatten(2) for i in range(1, levels + 1)], 2),
+            lambda m: tuple(ops.mask_pyramid(m, levels)[1:]),
+            lambda m: tuple(F.avg_pool2d(m, 2**i) for i in range(1, levels + 1)),
         )
     return OpCase([features(batch, 2 * c), masks()], ops.region_pool, lambda f, m: pool(f.float(), m))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import Measurement, out_of_memory_skips
-from benchmarks.contenders import REGION_OPS, OpCase, Run, count_bytes, region_op
+from benchmarks.contenders import REGION_OPS, OpCase, Run, as_tuple, count_bytes, region_op
 from benchmarks.rendering_cases import RENDERING_OPS, rendering_op
 from factorkit.engine.config import resolve_precision
 from factorkit.segdiff.config import SegdiffConfig
@@ -129,7 +129,3 @@ def distance(result: Tensor, wanted: Tensor) -> float:
     if len(result) != len(wanted):  # samples on the border of an occupied cell
         return abs(len(result) / max(1, len(wanted)) - 1)
     return float((result.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
-
-
-def as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (output,) if isinstance(output, Tensor) else tuple(output)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "norm.h"
+#include "projection.h"
 #include "region.h"
 #include "region_pool.h"
 #include "skip.h"
@@ -89,6 +90,14 @@ factorkit::SkipProblem skip_problem(const std::array<std::uintptr_t, 5>& in, con
                                     const std::array<bool, 2>& flags) {
     return {at<void>(in[0]), at<void>(in[1]), at<float>(in[2]), at<float>(in[3]), at<void>(in[4]), sizes[0],
             sizes[1],        sizes[2],        sizes[3],         flags[0],         flags[1]};
+}
+
+// (u, skip, masks, weight, bias, residual), (batch, regions, channels_u, channels_skip, channels_out, pixels),
+// (u_shared, is_bf16)
+factorkit::ProjectionProblem projection_problem(const std::array<std::uintptr_t, 6>& in, const std::array<std::int64_t, 6>& sizes,
+                                                const std::array<bool, 2>& flags) {
+    return {at<void>(in[0]), at<void>(in[1]), at<float>(in[2]), at<float>(in[3]), at<float>(in[4]), at<void>(in[5]), sizes[0],
+            sizes[1],        sizes[2],        sizes[3],         sizes[4],         sizes[5],         flags[0],        flags[1]};
 }
 
 // (features, masks), (batch, regions, channels, pixels)
@@ -209,6 +218,24 @@ build, without a driver and without a device. Raises RuntimeError with the cause
             factorkit::masked_skip_add_backward(skip_problem(in, sizes, flags), gradients, threads);
         },
         "Gradients of masked_skip_add_forward on the CPU; called by factorkit.ops, see csrc/skip.h.");
+    m.def(
+        "masked_skip_projection_forward",
+        [](const std::array<std::uintptr_t, 6>& in, const std::array<std::int64_t, 6>& sizes,
+           const std::array<bool, 2>& flags, std::uintptr_t out, int threads) {
+            py::gil_scoped_release released;
+            factorkit::projection_forward(projection_problem(in, sizes, flags), at<void>(out), threads);
+        },
+        "W [u_k ; m_k*skip] + bias + residual_k on the CPU; called by factorkit.ops, see csrc/projection.h.");
+    m.def(
+        "masked_skip_projection_backward",
+        [](const std::array<std::uintptr_t, 6>& in, const std::array<std::int64_t, 6>& sizes,
+           const std::array<bool, 2>& flags, const std::array<std::uintptr_t, 6>& d, int threads) {
+            py::gil_scoped_release released;
+            const factorkit::ProjectionGradients gradients{at<void>(d[0]),  at<void>(d[1]),  at<void>(d[2]),
+                                                           at<float>(d[3]), at<float>(d[4]), at<float>(d[5])};
+            factorkit::projection_backward(projection_problem(in, sizes, flags), gradients, threads);
+        },
+        "Gradients of masked_skip_projection_forward on the CPU; called by factorkit.ops, see csrc/projection.h.");
 
     bind_encoding(m);
     bind_rendering(m);

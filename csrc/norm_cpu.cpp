@@ -62,14 +62,12 @@ struct ImageGradients {
     ImageGradients(const NormProblem& p, const NormGradients& d, RowSums sums)
         : p(p), d(d), sums(sums), row(p), n(row.n), channels(row.channels), inner(n * channels), first(channels),
           second(channels, -1.0f), d_share(p.kind == NormKind::masked_group ? n : 0) {
-        if (std::is_same<T, float>::value) return;
+        if (std::is_same<T, float>::value || p.regions == 1) return;
         wide_u.resize(p.u_shared ? n * p.channels_u : 0);
         wide_skip.resize(n * p.channels_skip);
     }
 
     FACTORKIT_INLINE void compute(int64_t image) {
-        widen(d.other_u, image * n * p.channels_u, wide_u);
-        widen(d.other_skip, image * n * p.channels_skip, wide_skip);
         for (int64_t k = 0; k < p.regions; ++k) {
             row.read(image * p.regions + k, d.moments, nullptr);
             float *summed = sums.plain + row.index * channels, *moment = sums.times_normal + row.index * channels;
@@ -97,8 +95,6 @@ struct ImageGradients {
             for (int64_t begin = 0; begin < n; begin += kTile) to_inputs(row.tile(begin), k);
             if (p.kind == NormKind::masked_group) through_weights();
         }
-        narrow(wide_u, static_cast<T*>(d.u) + image * n * p.channels_u);
-        narrow(wide_skip, static_cast<T*>(d.skip) + image * n * p.channels_skip);
     }
 
    private:
@@ -141,28 +137,34 @@ struct ImageGradients {
         V on_share[kTile] = {}, on_mask[kTile] = {};
         const int64_t shared = row.image * n + t.begin;  // pixel of what branches share
         const int64_t at_u = (p.u_shared ? shared : row.index * n + t.begin) * p.channels_u, at_skip = shared * p.channels_skip;
-        half_to_inputs<false>(t, d.u, d.other_u, at_u, wide_u, p.u_shared && k > 0, on_share, on_mask);
-        half_to_inputs<true>(t, d.skip, d.other_skip, at_skip, wide_skip, k > 0, on_share, on_mask);
+        half_to_inputs<false>(t, d.u, d.other_u, at_u, wide_u, p.u_shared ? k : 0, on_share, on_mask);
+        half_to_inputs<true>(t, d.skip, d.other_skip, at_skip, wide_skip, k, on_share, on_mask);
         if (!d_share.empty())
             for (int64_t i = 0; i < t.count; ++i) d_share[t.begin + i] = sum_lanes(on_share[i]);
         if (d.masks)
             for (int64_t i = 0; i < t.count; ++i) d.masks[row.index * n + t.begin + i] = sum_lanes(on_mask[i]);
     }
 
-    // To the gradient from element `at` on, or to the sums over branches; added to what an earlier branch left there, if
-    // one did, or to the gradient of other uses.
+    // To the gradient from element `at` on: branch k of those that share it, added to the branches before or, for the first
+    // one, to the gradient of other uses. Sums that are not the last one are in fp32.
     template <bool IsSkip>
-    FACTORKIT_INLINE void half_to_inputs(const Tile& t, void* gradient, const void* other, int64_t at, Floats& wide,
-                                         bool later, V* on_share, V* on_mask) {
+    FACTORKIT_INLINE void half_to_inputs(const Tile& t, void* gradient, const void* other, int64_t at, Floats& wide, int64_t k,
+                                         V* on_share, V* on_mask) {
         T* to = static_cast<T*>(gradient) + at;
-        const T* before = later ? to : other ? static_cast<const T*>(other) + at : nullptr;
-        if (wide.empty()) return half_to<IsSkip>(t, to, before, on_share, on_mask);
+        const T* others = other ? static_cast<const T*>(other) + at : nullptr;
+        if (wide.empty()) return half_to<IsSkip>(t, to, k ? static_cast<const T*>(to) : others, on_share, on_mask);
         float* sums = wide.data() + t.begin * row.halves[IsSkip].width;
-        half_to<IsSkip>(t, sums, before ? sums : nullptr, on_share, on_mask);
+        const float* before = sums;
+        if (k == 0)
+            half_to<IsSkip>(t, sums, others, on_share, on_mask);
+        else if (k + 1 < p.regions)
+            half_to<IsSkip>(t, sums, before, on_share, on_mask);
+        else
+            half_to<IsSkip>(t, to, before, on_share, on_mask);
     }
 
-    template <bool IsSkip, class To>
-    FACTORKIT_INLINE void half_to(const Tile& t, To* to, const To* before, V* on_share, V* on_mask) {
+    template <bool IsSkip, class To, class Before>
+    FACTORKIT_INLINE void half_to(const Tile& t, To* to, const Before* before, V* on_share, V* on_mask) {
         const Half<T>& half = row.halves[IsSkip];
         const T* x = half.x + t.begin * half.width;
         const float* g = inner.data() + t.begin * channels + half.at;
@@ -200,15 +202,6 @@ struct ImageGradients {
         for (int64_t i = 0; i < n; ++i) along += double(d_share[i]) * (mask[i] + p.mask_floor);
         float* d_mask = d.masks + row.index * n;
         for (int64_t i = 0; i < n; ++i) d_mask[i] += d_share[i] - float(along / row.mass);
-    }
-
-    FACTORKIT_INLINE static void widen(const void* from, int64_t at, Floats& wide) {
-        if (!from) return;
-        for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(static_cast<const T*>(from)[at + int64_t(i)]);
-    }
-
-    FACTORKIT_INLINE static void narrow(const Floats& wide, T* to) {
-        for (std::size_t i = 0; i < wide.size(); ++i) store(wide[i], to[i]);
     }
 };
 

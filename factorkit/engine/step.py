@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from factorkit.engine.config import EngineConfig, autocast
 from factorkit.engine.cuda_graph import GraphedWork
 from factorkit.utils import distributed
-from factorkit.utils.rng import BatchDraw, derived_seed, image_order
+from factorkit.utils.rng import BatchDraw, derived_seed, image_order, seed_device
 
 NON_FINITE_LIMIT = 3  # consecutive steps with a non-finite gradient after which the run is stopped
 
@@ -212,7 +212,7 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(config.learning_rate_at(step) * group["scale"])
         self.step.fill_(step)
-        torch.manual_seed(derived_seed("dropout", config.seed, images_seen, distributed.rank()))
+        seed_device(derived_seed("dropout", config.seed, images_seen, distributed.rank()), self.step.device)
         for draw in self.draws:
             draw.restart(images_seen)
         order = image_order(config.seed, images_seen, config.batch_size, self.task.size)

@@ -12,9 +12,9 @@ from factorkit.ops.intersect import intersect_box
 from factorkit.ops.march import Samples, march_rays
 from factorkit.ops.norm import group_norm_silu, masked_skip_norm_silu, norm_silu_with_inputs
 from factorkit.ops.project_gaussians import ProjectedGaussians, project_gaussians
+from factorkit.ops.projection import masked_skip_projection
 from factorkit.ops.rasterize_gaussians import Splatting, rasterize_gaussians
 from factorkit.ops.region import mask_pyramid, region_blend, region_pool
-from factorkit.ops.skip import masked_skip_projection
 
 #: The implementation of each op on each device in a complete installation, for ``factorkit doctor``. C++ and CUDA need
 #: factorkit._C, Triton needs triton; PyTorch replaces each of them where it is missing.
@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
     "march_rays": "C++ (cpu), CUDA (cuda)",
     "mask_pyramid": "C++ (cpu), Triton (cuda)",
     "masked_skip_norm_silu": "C++ (cpu), Triton (cuda)",
-    "masked_skip_projection": "PyTorch and C++ (cpu), PyTorch and Triton (cuda)",
+    "masked_skip_projection": "C++, from 96 channels on with PyTorch (cpu), PyTorch and Triton (cuda)",
     "project_gaussians": "C++ (cpu), CUDA (cuda)",
     "rasterize_gaussians": "C++ (cpu), CUDA (cuda)",
     "region_blend": "C++ (cpu), Triton (cuda)",

@@ -238,6 +238,11 @@ def _to_addresses(argument: Any) -> Any:
     return argument
 
 
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Return where the tensors lie, 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
 # --- layouts and precision ---
 
 

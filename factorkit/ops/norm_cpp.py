@@ -5,13 +5,12 @@ Both functions return None for tensors that the C++ does not take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorkit.ops.dispatch import CPP_DTYPES, EXTENSION, dense_format, has_extension
+from factorkit.ops.dispatch import CPP_DTYPES, EXTENSION, addresses, dense_format, has_extension
 from factorkit.ops.norm_pytorch import EPS, MASK_FLOOR, NORMS, shape_of_moments
 
 
@@ -41,7 +40,7 @@ class _Problem:
         flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
         flags.append(self.scale is not None and self.scale.dtype == torch.bfloat16)
         tensors = (self.u, self.skip, self.masks, self.weight, self.bias, self.scale, self.shift)
-        self.arguments = (_addresses(tensors), sizes, flags, EPS[norm], MASK_FLOOR)
+        self.arguments = (addresses(*tensors), sizes, flags, EPS[norm], MASK_FLOOR)
 
 
 def _modulation(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -51,10 +50,6 @@ def _modulation(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Ten
     if scale.dtype == shift.dtype in CPP_DTYPES and scale.stride() == shift.stride() and scale.stride(1) == 1:
         return scale, shift
     return scale.float().contiguous(), shift.float().contiguous()
-
-
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _takes(u: Tensor, skip: Tensor | None, input_bias: Tensor | None) -> bool:
@@ -97,7 +92,7 @@ def backward(
         for x in (problem.scale, problem.shift)
     ]
     like_u = [None if x is None else x.to(u.dtype).contiguous(memory_format=torch.channels_last) for x in others]
-    addresses = _addresses((grad, moments, *like_u, *found))
-    EXTENSION.norm_silu_backward(*problem.arguments, addresses, torch.get_num_threads())
+    where = addresses(grad, moments, *like_u, *found)
+    EXTENSION.norm_silu_backward(*problem.arguments, where, torch.get_num_threads())
     inputs = (u, skip, masks, *rest[:4])
     return [x.to(like.dtype) for x, like in zip(found, inputs, strict=True) if x is not None and like is not None]

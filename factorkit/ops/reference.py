@@ -11,6 +11,7 @@ from factorkit.ops.intersect import cross_slabs as intersect_box
 from factorkit.ops.march import march_all_steps as march_rays
 from factorkit.ops.norm import norm_silu
 from factorkit.ops.project_gaussians import project_by_matrices as project_gaussians
+from factorkit.ops.projection import project_masked_skip as masked_skip_projection
 from factorkit.ops.rasterize_gaussians import rasterize_by_tiles as rasterize_gaussians
 from factorkit.ops.region import average_features as region_pool
 from factorkit.ops.region import average_masks as mask_pyramid
@@ -27,6 +28,7 @@ __all__ = [
     "march_rays",
     "mask_pyramid",
     "masked_skip_add",
+    "masked_skip_projection",
     "norm_silu",
     "project_gaussians",
     "rasterize_gaussians",

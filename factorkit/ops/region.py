@@ -15,6 +15,7 @@ from factorkit.ops.dispatch import (
     CPP_DTYPES,
     CPP_MIN_CHANNELS,
     EXTENSION,
+    addresses,
     dense_format,
     empty_like,
     full_precision,
@@ -229,8 +230,8 @@ def _pool_backward_cpp(grad: Tensor, features: Tensor, masks: Tensor, tokens: Te
         return None
     masks, grad = masks.contiguous(), grad.contiguous()
     d_features, d_masks = torch.empty_like(features), torch.empty_like(masks)
-    addresses = [x.data_ptr() for x in (tokens, grad, d_features, d_masks)]
-    EXTENSION.region_pool_backward(*_pool_problem(features, masks), addresses, torch.get_num_threads())
+    where = addresses(tokens, grad, d_features, d_masks)
+    EXTENSION.region_pool_backward(*_pool_problem(features, masks), where, torch.get_num_threads())
     return d_features, d_masks
 
 
@@ -245,7 +246,7 @@ def _cpp_pools(features: Tensor, masks: Tensor) -> bool:
 def _pool_problem(features: Tensor, masks: Tensor) -> tuple:
     """Return the arguments of csrc/region_pool.h that the tensors are."""
     sizes = [*masks.shape[:2], features.shape[1], features.shape[2] * features.shape[3]]
-    return [features.data_ptr(), masks.data_ptr()], sizes, features.dtype == torch.bfloat16, POOL_FLOOR
+    return addresses(features, masks), sizes, features.dtype == torch.bfloat16, POOL_FLOOR
 
 
 def _pool_backward_triton(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,8 +351,8 @@ def _blend_backward_cpp(
         masks = values.softmax(1)  # rounded masks do not sum to one, on which the gradient of the logits relies
     given = [None if x is None else x.float().contiguous() for x in (masks, d_masks, d_prediction)]
     d_logits, d_branches = torch.empty_like(values), torch.empty_like(branches)
-    addresses = [0 if x is None else x.data_ptr() for x in (*given, d_logits, d_branches)]
-    EXTENSION.region_blend_backward(*problem, addresses, torch.get_num_threads())
+    where = addresses(*given, d_logits, d_branches)
+    EXTENSION.region_blend_backward(*problem, where, torch.get_num_threads())
     return d_logits.to(logits.dtype), d_branches
 
 
@@ -362,7 +363,7 @@ def _blend_problem(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor, tu
     batch, regions, height, width = logits.shape
     sizes = [batch, regions, branches.shape[1], height * width]
     flags = [layout == torch.channels_last, branches.dtype == torch.bfloat16]
-    return logits, branches, ([logits.data_ptr(), branches.data_ptr()], sizes, flags)
+    return logits, branches, (addresses(logits, branches), sizes, flags)
 
 
 def _blend_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

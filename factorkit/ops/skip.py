@@ -12,20 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.dispatch import (
     CPP_DTYPES,
     CPP_MIN_CHANNELS,
     EXTENSION,
+    addresses,
     dense_format,
     empty_like,
     has_extension,
     kernels,
     reference_gradients,
     register,
-    select,
     with_layout_of,
 )
 
@@ -61,42 +60,6 @@ def count_branches(u: Tensor, masks: Tensor | None) -> int:
             f"or {batch * regions}"
         )
     return batch * regions
-
-
-def masked_skip_projection(
-    u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """Compute the 1x1 shortcut W [u_k ; m_k * skip] + b = (W_u u_k + b) + m_k * (W_s skip) of every branch.
-
-    The mask commutes with the convolution, so that the second product is computed once and not K times. A residual is
-    added in the same pass, and so is the bias then where convolutions do not add theirs.
-
-    Args:
-        u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
-        skip: [B, C_s, H, W].
-        masks: [B, K, H, W], or None for the shortcut of [u ; skip].
-        weight: [C_out, C_u + C_s, 1, 1].
-        bias: [C_out].
-        residual: [B*K, C_out, H, W], the other branch of the residual block, or None.
-
-    Returns:
-        [B*K, C_out, H, W].
-
-    Raises:
-        ValueError: u has neither B nor B*K rows.
-    """
-    count_branches(u, masks)
-    weight_u, weight_skip = weight.split([u.shape[1], skip.shape[1]], dim=1)
-    own_bias = bias if residual is not None and bias_is_separate(u) else None
-    base = F.conv2d(u, weight_u, bias if own_bias is None else None)
-    masked = F.conv2d(skip, weight_skip)
-    add = select("masked_skip_add", add_masked_skip, base)
-    return add(base, masked, masks, own_bias, residual)
-
-
-def bias_is_separate(x: Tensor) -> bool:
-    """Return whether a convolution of x adds its bias in a pass of its own, as cuDNN does and oneDNN does not."""
-    return x.device.type != "cpu"
 
 
 def add_masked_skip(
@@ -196,9 +159,8 @@ def _add_backward_cpp(grad: Tensor, base: Tensor | None, skip: Tensor, masks: Te
         return None
     gradients = _add_backward_fake(grad, base, skip, masks)
     grad, masks = with_layout_of(grad, skip), masks.contiguous()
-    addresses = [x.data_ptr() for x in gradients]
-    addresses = [grad.data_ptr(), *([] if len(addresses) == 3 else [0]), *addresses]
-    EXTENSION.masked_skip_add_backward(*_cpp_problem(base, skip, masks), addresses, torch.get_num_threads())
+    where = addresses(grad, *([] if base is not None else [None]), *gradients)
+    EXTENSION.masked_skip_add_backward(*_cpp_problem(base, skip, masks), where, torch.get_num_threads())
     return gradients
 
 
@@ -213,9 +175,9 @@ def _cpp_takes(base: Tensor, skip: Tensor, masks: Tensor) -> bool:
 
 def _cpp_problem(base: Tensor | None, skip: Tensor, masks: Tensor, *rest: Tensor | None) -> tuple:
     """Return the arguments of csrc/skip.h that the tensors are."""
-    addresses = [0 if x is None else x.data_ptr() for x in (base, skip, masks, *(rest or (None, None)))]
+    where = addresses(base, skip, masks, *(rest or (None, None)))
     sizes = [*masks.shape[:2], skip.shape[1], skip.shape[2] * skip.shape[3]]
-    return addresses, sizes, [base is not None and _is_shared(base, masks), skip.dtype == torch.bfloat16]
+    return where, sizes, [base is not None and _is_shared(base, masks), skip.dtype == torch.bfloat16]
 
 
 # gradient and registration

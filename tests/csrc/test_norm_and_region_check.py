@@ -27,7 +27,7 @@ def compile_program(sources: list[Path], program: Path, *flags: str) -> subproce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["norm", "region", "region_pool", "skip"])
+@pytest.mark.parametrize("name", ["norm", "projection", "region", "region_pool", "skip"])
 def test_op_under_sanitizers_agrees_with_sums_in_double(tmp_path, name):
     (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
     probe = compile_program([tmp_path / "probe.cpp"], tmp_path / "probe", *SANITIZERS)

@@ -26,7 +26,7 @@ from factorkit.nn.unet import (
     group_count,
     sinusoid,
 )
-from factorkit.ops import skip as skip_ops
+from factorkit.ops import projection
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_res_block_with_biases_added_once_equals_separate_additions(masked, monk
         return out, *torch.autograd.grad(out, list(block.parameters()), upstream)
 
     separate = run()
-    for module in (unet, skip_ops):
+    for module in (unet, projection):
         monkeypatch.setattr(module, "bias_is_separate", lambda x: True)
     torch.testing.assert_close(run(), separate)
 
@@ -132,7 +132,7 @@ def test_unet_with_biases_in_norms_and_sums_equals_separate_additions(norm, monk
         return out, *torch.autograd.grad(out, list(parts.parameters()), upstream)
 
     separate = run()
-    for module in (unet, skip_ops):
+    for module in (unet, projection):
         monkeypatch.setattr(module, "bias_is_separate", lambda x: True)
     for block in (m for m in parts.modules() if isinstance(m, ResBlock)):
         monkeypatch.setattr(block.conv1, "forward", None)  # nobody adds its bias

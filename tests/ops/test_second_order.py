@@ -74,9 +74,8 @@ def norm_and_inputs():
     return run, skip_norm()[1]
 
 
-def skip_add():
-    tensors = (leaf(1, 2, 2, 2), leaf(1, 3, 2, 2), masks(1, 2, 2, 2), leaf(2, 5, 1, 1), leaf(2), leaf(2, 2, 2, 2))
-    return ops.masked_skip_projection, tensors
+def projection():
+    return leaf(1, 2, 2, 2), leaf(1, 3, 2, 2), masks(1, 2, 2, 2), leaf(2, 5, 1, 1), leaf(2), leaf(2, 2, 2, 2)
 
 
 def encoding():
@@ -97,7 +96,8 @@ CASES = {
     "norm_silu, pixel": ("norm_silu", lambda: norm("pixel")),
     "norm_silu, skip": ("norm_silu", skip_norm),
     "norm_silu, with inputs": ("norm_silu", norm_and_inputs),
-    "masked_skip_add": ("masked_skip_add", skip_add),
+    "masked_skip_add": ("masked_skip_add", lambda: (ops.masked_skip_projection, projection())),
+    "projection": ("masked_skip_projection", lambda: (torch.ops.factorkit.masked_skip_projection, projection())),
     "mask_pyramid": ("mask_pyramid", lambda: (lambda m: ops.mask_pyramid(m, 2)[1:], (masks(1, 2, 4, 4),))),
     "region_pool": ("region_pool", lambda: (ops.region_pool, (leaf(1, 2, 2, 2), masks(1, 2, 2, 2)))),
     "region_blend": ("region_blend", lambda: (ops.region_blend, (leaf(1, 2, 2, 2), leaf(2, 1, 2, 2)))),

@@ -7,7 +7,6 @@ import torch
 from kernel_compare import compare, rand, soft_masks
 
 from factorkit import ops
-from factorkit.nn.unet import ResBlock
 from factorkit.ops import reference, region, skip
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -181,19 +180,6 @@ def test_second_derivative_of_compiled_masked_add_and_pool_matches_reference(sha
     want = penalty(reference.masked_skip_add, reference.region_pool, exact)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_res_block_adds_both_branches_in_one_call_of_the_op(masked, monkeypatch):
-    block = ResBlock(16, 16, 8, skip_channels=16, norm_groups=2).to(memory_format=torch.channels_last)
-    calls, run = [], skip.select
-    monkeypatch.setattr(skip, "select", lambda *args: lambda *x: calls.append(x) or run(*args)(*x))
-    masks = soft_masks(2, 3, 4, 4) if masked else None
-    rows = 6 if masked else 2
-    block(rand(rows, 16, 4, 4), torch.randn(rows, 8), rand(2, 16, 4, 4), masks)
-    ((base, _, _, bias, residual),) = calls
-    assert bias is None, "oneDNN adds the biases within the convolutions"
-    assert residual.shape == base.shape
 
 
 def test_masked_add_and_pool_without_extension_run_as_pytorch(monkeypatch):

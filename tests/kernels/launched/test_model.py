@@ -8,8 +8,7 @@ from kernel_compare import assert_close, rand, soft_masks
 
 from factorkit import kernels, ops
 from factorkit.nn import unet
-from factorkit.ops import dispatch, reference
-from factorkit.ops import skip as skip_ops
+from factorkit.ops import dispatch, projection, reference
 from factorkit.segdiff.backbones import UNetBackbone, UViTBackbone
 from factorkit.segdiff.network import FactorizedDenoiser
 
@@ -101,7 +100,7 @@ def test_factorized_denoiser_on_kernels_matches_reference(backbone, branch_norm,
         return out, torch.autograd.grad(loss, list(model.parameters()))
 
     launched = []
-    for module in (unet, skip_ops):
+    for module in (unet, projection):
         monkeypatch.setattr(module, "bias_is_separate", lambda x: True)  # as on a GPU
     monkeypatch.setattr(kernels.tiles, "start", spy(kernels.tiles.start, launched))
     last = {"memory_format": torch.channels_last}
