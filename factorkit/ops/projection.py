@@ -107,7 +107,7 @@ def _project_backward(
     """Return the gradients of those inputs that are not None, in their order."""
     leaves: Any = [None if x is None else x.detach().requires_grad_() for x in (u, skip, masks, weight, bias)]
     with torch.enable_grad():
-        out = _project(*leaves, None)
+        out = _project(*(*leaves, None))
     wanted = [x for x in leaves if x is not None]
     return [with_layout_of(g, x) for g, x in zip(torch.autograd.grad(out, wanted, grad), wanted, strict=True)]
 
@@ -191,7 +191,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     inputs = ctx.saved_tensors
     d_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
     if torch.is_grad_enabled():
-        return *reference_gradients(lambda *x: _project(*x, residual=None), inputs, (grad,)), d_residual
+        return *reference_gradients(lambda *x: _project(*(*x, None)), inputs, (grad,)), d_residual
     gradients = iter(torch.ops.factorkit.masked_skip_projection_backward(grad, *inputs))
     return *(None if x is None else next(gradients) for x in inputs), d_residual
 
