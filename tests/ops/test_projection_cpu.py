@@ -86,6 +86,19 @@ def test_projection_of_many_pixels_and_images_sums_gradients_as_exactly(dtype):
     compare(OP, reference.masked_skip_projection, inputs)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_compiled_projection_of_tensors_with_other_strides_matches_reference(dtype):
+    inputs = inputs_of(3, 2, (9, 8, 10), dtype=dtype)
+    inputs["residual"] = inputs["residual"].contiguous()
+    inputs["masks"] = soft_masks(3, 4, 3, 5)[:, ::2]
+    inputs["weight"] = rand(17, 10, 1, 1).to(dtype).transpose(0, 1)
+    inputs["bias"] = rand(20)[::2]
+    out, tensors = projection._project_cpp(*inputs.values()), list(inputs.values())[:-1]
+    gradients = projection._project_backward_cpp(out, *tensors)
+    assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in tensors]
+    compare(OP, reference.masked_skip_projection, inputs)
+
+
 CHANGES = ["five channels", "many channels", "contiguous", "fp64", "masks in bf16", "empty"]
 
 
