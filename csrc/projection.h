@@ -1,4 +1,4 @@
-// The whole shortcut of a decoder block with few channels: W [u_k ; m_k * skip] + b + residual_k of every branch k. The
+// The whole shortcut of a decoder block, where products are few: W [u_k ; m_k * skip] + b + residual_k of every branch k. The
 // concatenation is never stored, and W_skip skip is computed once for all branches.
 #pragma once
 

@@ -14,8 +14,10 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t kTile = 32;          // pixels whose values stay in the first-level cache
-constexpr int64_t kMostPieces = 32;    // of the batch: each has its own sums of the weight's gradient
+constexpr int64_t kTile = 32;        // pixels whose values stay in the first-level cache
+constexpr int64_t kMostPieces = 64;  // of all tiles: each has its own sums of the weight's gradient
+
+int64_t tiles_per_image(const ProjectionProblem& p) { return (p.pixels + kTile - 1) / kTile; }
 
 // What both passes hold of a tile of pixels, in fp32: [pixels][channels].
 template <class T, class V>
@@ -37,6 +39,17 @@ struct Projector {
         of_u.resize(kTile, p.channels_u);
         of_skip.resize(kTile, p.channels_skip);
         for (Matrix* x : {&out_u, &out_skip}) x->resize(kTile, p.channels_out);
+    }
+
+    // Calls run() for each of some tiles, counted over all images.
+    template <class Run>
+    FACTORKIT_INLINE void for_tiles(int64_t first, int64_t last, const Run& run) {
+        for (int64_t index = first; index < last; ++index) {
+            image = index / tiles_per_image(p);
+            begin = index % tiles_per_image(p) * kTile;
+            count = std::min(kTile, n - begin);
+            run();
+        }
     }
 
     FACTORKIT_INLINE int64_t row_of_u(int64_t k) const { return p.u_shared ? image : image * p.regions + k; }
@@ -93,7 +106,7 @@ struct Projector {
     }
 };
 
-// The gradients of some images, tile by tile; those of the weight and bias are sums over all of them.
+// The gradients of some tiles; those of the weight and bias are sums over all of them.
 template <class T, class V>
 struct ProjectionBackward : Projector<T, V> {
     using Base = Projector<T, V>;
@@ -115,6 +128,10 @@ struct ProjectionBackward : Projector<T, V> {
         for (Matrix* x : {&grad, &grad_sum, &grad_skip}) x->resize(kTile, p.channels_out);
         on_u.resize(kTile, p.channels_u);
         on_skip.resize(kTile, p.channels_skip);
+    }
+
+    void clear_sums() {
+        for (auto* x : {&on_weight_u.values, &on_weight_skip.values, &on_bias}) std::fill(x->begin(), x->end(), 0.0f);
     }
 
     FACTORKIT_INLINE void compute() {
@@ -154,9 +171,9 @@ struct ProjectionBackward : Projector<T, V> {
         float* to = d.masks + (image * p.regions + k) * n + begin;
         for (int64_t i = 0; i < count; i += kLanes) {
             Lanes of_pixel[kLanes] = {};
-            for (int64_t j = 0; j < kLanes; ++j)
-                for (int64_t c = 0; c < grad.stride; c += kLanes)
-                    of_pixel[j] += load_lanes(grad.row(i + j) + c) * load_lanes(out_skip.row(i + j) + c);
+            for_packs(p.channels_out, [&](const auto pack) FACTORKIT_INLINE_LAMBDA {  // padding of infinities holds NaN
+                for (int64_t j = 0; j < kLanes; ++j) of_pixel[j] += pack.load(grad.row(i + j)) * pack.load(out_skip.row(i + j));
+            });
             const Lanes sums = sum_each(of_pixel);
             std::memcpy(to + i, &sums, std::min(kLanes, count - i) * sizeof(float));
         }
@@ -179,53 +196,51 @@ struct Forward {
     template <class T, class V>
     FACTORKIT_INLINE static void images(const ProjectionProblem& p, void* out, int64_t begin, int64_t end) {
         Projector<T, V> projector(p);
-        for (projector.image = begin; projector.image < end; ++projector.image)
-            for (projector.begin = 0; projector.begin < p.pixels; projector.begin += kTile) {
-                projector.count = std::min(kTile, p.pixels - projector.begin);
-                projector.forward(static_cast<T*>(out));
-            }
+        projector.for_tiles(begin, end, [&]() FACTORKIT_INLINE_LAMBDA { projector.forward(static_cast<T*>(out)); });
     }
 };
 
-// Weight and bias in one row: [channels_out][channels_in], then [channels_out].
+// Some of all pieces of the tiles; `sums` [pieces][size] are those of the weight's gradient, then of the bias's.
 struct Backward {
     template <class V, class B>
-    FACTORKIT_INLINE static void run(const ProjectionProblem& p, const ProjectionGradients& d, float* sums, int64_t begin,
-                                     int64_t end) {
-        p.is_bf16 ? images<B, V>(p, d, sums, begin, end) : images<float, V>(p, d, sums, begin, end);
+    FACTORKIT_INLINE static void run(const ProjectionProblem& p, const ProjectionGradients& d, float* sums, int64_t pieces,
+                                     int64_t begin, int64_t end) {
+        p.is_bf16 ? add_pieces<B, V>(p, d, sums, pieces, begin, end) : add_pieces<float, V>(p, d, sums, pieces, begin, end);
     }
     template <class T, class V>
-    FACTORKIT_INLINE static void images(const ProjectionProblem& p, const ProjectionGradients& d, float* sums, int64_t begin,
-                                        int64_t end) {
+    FACTORKIT_INLINE static void add_pieces(const ProjectionProblem& p, const ProjectionGradients& d, float* sums,
+                                            int64_t pieces, int64_t begin, int64_t end) {
         ProjectionBackward<T, V> backward(p, d);
-        for (backward.image = begin; backward.image < end; ++backward.image)
-            for (backward.begin = 0; backward.begin < p.pixels; backward.begin += kTile) {
-                backward.count = std::min(kTile, p.pixels - backward.begin);
-                backward.compute();
+        const int64_t tiles = p.batch * tiles_per_image(p), size = p.channels_out * (backward.channels_in + 1);
+        for (int64_t piece = begin; piece < end; ++piece) {
+            backward.clear_sums();
+            backward.for_tiles(piece * tiles / pieces, (piece + 1) * tiles / pieces,
+                               [&]() FACTORKIT_INLINE_LAMBDA { backward.compute(); });
+            float* to = sums + piece * size;
+            for (int64_t o = 0; o < p.channels_out; ++o) {
+                to = std::copy_n(backward.on_weight_u.row(o), p.channels_u, to);
+                to = std::copy_n(backward.on_weight_skip.row(o), p.channels_skip, to);
             }
-        for (int64_t o = 0; o < p.channels_out; ++o) {
-            sums = std::copy_n(backward.on_weight_u.row(o), p.channels_u, sums);
-            sums = std::copy_n(backward.on_weight_skip.row(o), p.channels_skip, sums);
+            std::copy_n(backward.on_bias.data(), p.channels_out, to);
         }
-        std::copy_n(backward.on_bias.data(), p.channels_out, sums);
     }
 };
 
 }  // namespace
 
 void projection_forward(const ProjectionProblem& p, void* out, int threads) {
-    parallel_for(p.batch, threads, [&](int64_t begin, int64_t end) { run_fastest<Forward>(p, out, begin, end); });
+    parallel_for(p.batch * tiles_per_image(p), threads,
+                 [&](int64_t begin, int64_t end) { run_fastest<Forward>(p, out, begin, end); });
 }
 
 void projection_backward(const ProjectionProblem& p, const ProjectionGradients& d, int threads) {
     // Pieces do not depend on the number of threads, and so neither do the sums.
-    const int64_t pieces = std::min(p.batch, kMostPieces), weights = p.channels_out * (p.channels_u + p.channels_skip);
-    const int64_t size = weights + p.channels_out;
+    const int64_t tiles = p.batch * tiles_per_image(p), pieces = std::min(tiles, kMostPieces);
+    const int64_t weights = p.channels_out * (p.channels_u + p.channels_skip), size = weights + p.channels_out;
     std::vector<float> sums(pieces * size);
-    parallel_for(pieces, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-            run_fastest<Backward>(p, d, sums.data() + i * size, i * p.batch / pieces, (i + 1) * p.batch / pieces);
-    });
+    float* all_sums = sums.data();
+    parallel_for(pieces, threads,
+                 [&](int64_t begin, int64_t end) { run_fastest<Backward>(p, d, all_sums, pieces, begin, end); });
     for (int64_t j = 0; j < size; ++j) {
         double sum = 0;
         for (int64_t i = 0; i < pieces; ++i) sum += sums[i * size + j];

@@ -174,8 +174,8 @@ class ResBlock(nn.Module):
         if skip is None:
             return self.shortcut(u) + self.conv2(h)
         weight, bias = cast(nn.Conv2d, self.shortcut).weight, cast(Tensor, self.shortcut.bias)
-        # The bias of both is added once.
-        residual, bias = F.conv2d(h, self.conv2.weight, padding=1), bias + cast(Tensor, self.conv2.bias)
+        residual = F.conv2d(h, self.conv2.weight, padding=1) if separate else self.conv2(h)
+        bias = bias + cast(Tensor, self.conv2.bias) if separate else bias
         return ops.masked_skip_projection(u, skip, masks, weight, bias, residual)
 
 

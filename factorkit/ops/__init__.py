@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
     "march_rays": "C++ (cpu), CUDA (cuda)",
     "mask_pyramid": "C++ (cpu), Triton (cuda)",
     "masked_skip_norm_silu": "C++ (cpu), Triton (cuda)",
-    "masked_skip_projection": "C++, from 96 channels on with PyTorch (cpu), PyTorch and Triton (cuda)",
+    "masked_skip_projection": "C++, for large ones PyTorch too (cpu), PyTorch and Triton (cuda)",
     "project_gaussians": "C++ (cpu), CUDA (cuda)",
     "rasterize_gaussians": "C++ (cpu), CUDA (cuda)",
     "region_blend": "C++ (cpu), Triton (cuda)",

@@ -1,8 +1,8 @@
 """The 1x1 shortcut of the decoder's blocks, W [u_k ; m_k * skip] + b of every branch k.
 
 The mask commutes with the convolution: W_u u_k + m_k * (W_s skip) + b. The second product is computed once for all
-branches. On a CPU, C++ computes the whole in one pass where channels are few, and so does its backward pass: oneDNN's
-convolutions need as long there as with four times the channels. Elsewhere they precede :mod:`factorkit.ops.skip`.
+branches. On a CPU, C++ computes the whole in one pass where products are few, and so does its backward pass: most of
+the time of such small convolutions is fixed costs. Elsewhere they precede :mod:`factorkit.ops.skip`.
 Shapes are those of that module.
 """
 
@@ -24,11 +24,13 @@ from factorkit.ops.dispatch import (
     reference_gradients,
     register,
     select,
+    use_reference,
     with_layout_of,
 )
-from factorkit.ops.skip import add_masked_skip, count_branches
+from factorkit.ops.skip import add_masked_skip, count_branches, masked_skip_gradients
 
-MAX_WEIGHTS_CPP = 1 << 13  # of W, 64 x (64 + 64): from 96 channels on oneDNN in bf16 is faster
+# Products of a forward pass from which oneDNN is faster: its fixed costs are small then, and AMX multiplies faster.
+MAX_PRODUCTS_CPP = {torch.bfloat16: 1 << 24, torch.float32: 1 << 25}
 
 
 def masked_skip_projection(
@@ -53,7 +55,7 @@ def masked_skip_projection(
         ValueError: u has neither B nor B*K rows.
     """
     count_branches(u, masks)
-    if _is_one_op(u, weight) and _cpp_takes(u, skip, masks, weight, bias, residual):
+    if _is_one_op(u, skip, weight) and _cpp_takes(u, skip, masks, weight, bias, residual):
         project = select("masked_skip_projection", project_masked_skip, u)
         return project(u, skip, masks, weight, bias, residual)
     return project_masked_skip(u, skip, masks, weight, bias, residual, select("masked_skip_add", add_masked_skip, u))
@@ -80,9 +82,11 @@ def bias_is_separate(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def _is_one_op(u: Tensor, weight: Tensor) -> bool:
-    """Return whether channels are few, and convolutions are oneDNN's and would compute in the dtype of u."""
-    if bias_is_separate(u) or weight.numel() > MAX_WEIGHTS_CPP:
+def _is_one_op(u: Tensor, skip: Tensor, weight: Tensor) -> bool:
+    """Return whether C++ is faster than oneDNN's convolutions, which would compute in the dtype of u."""
+    if bias_is_separate(u) or weight.shape[0] * (u.numel() + skip.numel()) >= MAX_PRODUCTS_CPP.get(u.dtype, 0):
+        return False
+    if use_reference() or torch._C._are_functorch_transforms_active():
         return False
     return u.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype)
 
@@ -105,11 +109,16 @@ def _project_backward(
     grad: Tensor, u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor
 ) -> list[Tensor]:
     """Return the gradients of those inputs that are not None, in their order."""
-    leaves: Any = [None if x is None else x.detach().requires_grad_() for x in (u, skip, masks, weight, bias)]
-    with torch.enable_grad():
-        out = _project(*(*leaves, None))
-    wanted = [x for x in leaves if x is not None]
-    return [with_layout_of(g, x) for g, x in zip(torch.autograd.grad(out, wanted, grad), wanted, strict=True)]
+    weight_u, weight_skip = weight.to(u.dtype).split([u.shape[1], skip.shape[1]], dim=1)
+    shared = masks is not None and u.shape[0] != grad.shape[0]
+    on_u = grad.unflatten(0, (u.shape[0], -1)).sum(1) if shared else grad
+    on_skip, *d_masks = masked_skip_gradients(grad, F.conv2d(skip, weight_skip), masks)
+    d_u, d_skip = F.conv2d(on_u, weight_u.transpose(0, 1)), F.conv2d(on_skip, weight_skip.transpose(0, 1))
+    pairs = ((on_u, u), (on_skip, skip))
+    d_weight = torch.cat([torch.einsum("nohw,nihw->oi", g, x) for g, x in pairs], 1)[..., None, None]
+    gradients = (d_u, d_skip, *d_masks, d_weight, grad.sum((0, 2, 3)))
+    inputs = [x for x in (u, skip, masks, weight, bias) if x is not None]
+    return [torch.empty_like(x).copy_(g) for g, x in zip(gradients, inputs, strict=True)]
 
 
 def _project_backward_fake(grad: Tensor, *inputs: Tensor | None) -> list[Tensor]:
@@ -143,7 +152,18 @@ def _project_backward_cpp(
     EXTENSION.masked_skip_projection_backward(*where, torch.get_num_threads())
     inputs = (u, skip, masks, weight, bias)
     pairs = zip(gradients, inputs, strict=True)
-    return [g.to(x.dtype).view_as(x) for g, x in pairs if g is not None and x is not None]
+    return [_with_strides_of(x, g.to(x.dtype)) for g, x in pairs if g is not None and x is not None]
+
+
+def _with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with the shape and strides of x: contiguous ones differ in dimensions of one element."""
+    if gradient.stride() == x.stride():
+        return gradient
+    return (
+        gradient.as_strided(x.shape, x.stride())
+        if x.is_contiguous()
+        else torch.empty_like(x).copy_(gradient.view_as(x))
+    )
 
 
 def _cpp_takes(

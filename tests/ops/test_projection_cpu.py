@@ -99,13 +99,12 @@ def test_compiled_projection_of_tensors_with_other_strides_matches_reference(dty
     compare(OP, reference.masked_skip_projection, inputs)
 
 
-CHANGES = ["five channels", "many channels", "contiguous", "fp64", "masks in bf16", "empty"]
+CHANGES = ["five channels", "many products", "contiguous", "fp64", "masks in bf16", "empty"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_tensors_that_the_compiled_projection_does_not_take_are_convolved(change, monkeypatch):
-    channels = {"five channels": (5, 8, 8), "many channels": (96, 96, 96)}.get(change, (8, 8, 8))
-    inputs = inputs_of(2, 3, channels)
+    inputs = inputs_of(2, 3, (5 if change == "five channels" else 8, 8, 8))
     if change == "contiguous":
         inputs = {n: x.contiguous() for n, x in inputs.items()}
     elif change == "fp64":
@@ -114,11 +113,17 @@ def test_tensors_that_the_compiled_projection_does_not_take_are_convolved(change
         inputs["masks"] = inputs["masks"].bfloat16()
     elif change == "empty":
         inputs = {n: x if n in ("weight", "bias") else x[:0] for n, x in inputs.items()}
+    elif change == "many products":
+        monkeypatch.setitem(projection.MAX_PRODUCTS_CPP, FP32, 8 * 8 * (6 + 2) * 15)
     calls = count_calls(monkeypatch)
     got, want = ops.masked_skip_projection(*inputs.values()), reference.masked_skip_projection(*inputs.values())
     assert [name for name, _ in calls] == ["masked_skip_add"]
     torch.testing.assert_close(got, want)
-    if change != "many channels":  # the op itself runs as PyTorch then
+    if change == "many products":
+        monkeypatch.setitem(projection.MAX_PRODUCTS_CPP, FP32, 8 * 8 * (6 + 2) * 15 + 1)
+        torch.testing.assert_close(ops.masked_skip_projection(*inputs.values()), want)
+        assert calls[-1][0] == "masked_skip_projection"
+    if change != "many products":  # the op itself runs as PyTorch then
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
         got = OP(*leaves)
         torch.testing.assert_close(got, want)
@@ -194,16 +199,59 @@ def test_projection_under_autocast_has_the_dtype_of_a_convolution(dtype, monkeyp
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_res_block_adds_its_residual_and_both_biases_in_one_call_of_the_op(masked, monkeypatch):
+def test_res_block_adds_its_residual_in_one_call_of_the_op(masked, monkeypatch):
     block = ResBlock(16, 16, 8, skip_channels=16, norm_groups=2).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        block.conv2.bias.fill_(7)
     calls = count_calls(monkeypatch)
     masks, rows = (soft_masks(2, 3, 4, 4), 6) if masked else (None, 2)
     block(rand(rows, 16, 4, 4), torch.randn(rows, 8), rand(2, 16, 4, 4), masks)
-    ((name, (_, _, _, _, bias, residual)),) = calls
-    assert name == "masked_skip_projection" and not residual.any(), "the last convolution begins as zero"
-    torch.testing.assert_close(bias, block.shortcut.bias + 7)
+    ((name, (*_, residual)),) = calls
+    assert name == "masked_skip_projection" and residual.shape == (rows, 16, 4, 4)
+
+
+def layouts():
+    """Inputs whose gradients must lie as the fake ones, which torch.compile plans with."""
+    inputs = inputs_of(2, 3, (9, 8, 10), residual=False)
+    yield "contiguous", inputs
+    yield "masks by channel", inputs | {"masks": inputs["masks"].contiguous(memory_format=torch.channels_last)}
+    yield "expanded masks", inputs | {"masks": inputs["masks"][:1].expand(2, -1, -1, -1)}
+    yield "contiguous weight", inputs | {"weight": inputs["weight"].contiguous()}
+    yield "transposed weight", inputs | {"weight": rand(17, 10, 1, 1).transpose(0, 1)}
+    yield "contiguous features", inputs | {"u": inputs["u"].contiguous()}
+
+
+LAYOUTS = {name: list(inputs.values()) for name, inputs in layouts()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_projection_have_the_layout_of_the_fake_ones(layout):
+    tests = ["test_schema", "test_faketensor"]
+    inputs = LAYOUTS[layout]
+    torch.library.opcheck(OP, inputs, test_utils=tests)
+    backward = torch.ops.factorkit.masked_skip_projection_backward
+    torch.library.opcheck(backward, (torch.randn(6, 10, 3, 5), *inputs[:-1]), test_utils=tests)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    compiled = torch.compile(OP, backend="aot_eager", fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, OP(*leaves))
+    wanted = [x for x in leaves if x is not None]
+    found = [torch.autograd.grad(out.square().sum(), wanted) for out in (compiled, OP(*leaves))]
+    torch.testing.assert_close(*found)
+    assert found[1][3].stride() == leaves[3].stride(), "as DDP's buckets have it"
+
+
+def test_projection_under_vmap_is_convolved():
+    u, skip, masks, weight, bias, _ = inputs_of(2, 3, (8, 8, 8)).values()
+    together = torch.func.vmap(lambda u: ops.masked_skip_projection(u, skip, masks, weight, bias))(torch.stack([u, -u]))
+    alone = torch.stack([ops.masked_skip_projection(x, skip, masks, weight, bias) for x in (u, -u)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_mask_gradient_of_projection_of_infinity_is_that_of_the_reference():
+    inputs = inputs_of(1, 2, (8, 8, 10), residual=False)
+    inputs["skip"][0, 3, 1, 2] = torch.inf
+    grad = torch.ones(2, 10, 3, 5).contiguous(memory_format=torch.channels_last)
+    inputs["weight"].abs_()
+    d_masks = projection._project_backward_cpp(grad, *list(inputs.values())[:-1])[2]
+    assert d_masks[0, :, 1, 2].isposinf().all() and d_masks.isfinite().sum() == d_masks.numel() - 2
 
 
 @KINDS
