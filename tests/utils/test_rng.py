@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factorkit.utils.rng import BatchDraw, derived_seed, image_order
+from factorkit.utils.rng import BatchDraw, derived_seed, image_order, seed_device
 
 CPU = torch.device("cpu")
 
@@ -70,3 +70,12 @@ def test_derived_seed_values_are_fixed():
     assert derived_seed("draw", 0, 128) == 2123177464143803515
     assert derived_seed("a", 12) != derived_seed("a1", 2)
     assert 0 <= derived_seed("x") < 2**63
+
+
+def test_seed_device_on_a_cpu_seeds_what_dropout_draws_from():
+    drawn = []
+    for seed in (torch.manual_seed, lambda seed: seed_device(seed, torch.device("cpu"))):
+        torch.rand(3)
+        seed(11)
+        drawn.append(torch.nn.functional.dropout(torch.ones(100)))
+    assert torch.equal(*drawn)
